@@ -1,0 +1,131 @@
+"""What a backend is, and which there are.
+
+Owns the contract that adapts one runtime on one device, and the table of backends. Knows no runtime: a backend's file is
+imported when somebody asks for it, and its runtime when somebody uses it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from bench.errors import EXIT_USAGE, BenchError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from export.bundle import Bundle, Format
+
+Device = Literal["cpu", "cuda", "none"]
+Setting = str | int | float | bool
+
+
+class Profile(StrEnum):
+    """Which arithmetic a runtime may use."""
+
+    STRICT = "strict"
+    """float32 everywhere: TF32 is off in every runtime."""
+    FAST = "fast"
+    """TF32 is on in every runtime that has it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a backend is to run. `threads` is the size of the runtime's own pool for one operator; `folded` picks the file."""
+
+    threads: int
+    profile: Profile = Profile.STRICT
+    folded: bool = True
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which provider or device runs which of the model's compute nodes, and how that is known.
+
+    Attributes:
+        nodes: how many compute nodes each provider or device runs.
+        stray: the compute nodes (or their tensors) that are elsewhere than the backend's name says. A backend with any is
+            refused: its row would lie.
+        exempt: shape arithmetic that sits on the CPU by the runtime's design. It touches no image.
+        evidence: what was looked at.
+    """
+
+    nodes: dict[str, int]
+    evidence: str
+    stray: tuple[str, ...] = ()
+    exempt: tuple[str, ...] = field(default=())
+
+
+class Session(Protocol):
+    """A model loaded on a runtime. The three steps from raw input to logits are apart, so that each can be timed."""
+
+    def prepare(self, raw: np.ndarray) -> Any:
+        """Raw input [N, …], C-contiguous and writable, as the bundle's preprocessing describes it → the model's input,
+        preprocessed and complete on the device. What it returns stays valid when `prepare` is called again."""
+
+    def run(self, prepared: Any) -> Any:
+        """The model on what `prepare` returned. Returns when the result exists on the device, not when it was queued."""
+
+    def fetch(self, output: Any) -> np.ndarray:
+        """What `run` returned → float32 logits [N, classes] in host memory."""
+
+    def placement(self) -> Placement:
+        """Where the compute nodes run, found out and not assumed."""
+
+    def settings(self) -> dict[str, Setting]:
+        """The settings in effect, read back from the runtime where it tells them: versions, threads, arithmetic, options."""
+
+    def close(self) -> None:
+        """Give the model and its memory back."""
+
+
+class Backend(Protocol):
+    """One runtime on one device."""
+
+    @property
+    def name(self) -> str:
+        """``<format>-<device>``, e.g. ``onnx-cuda``."""
+
+    @property
+    def device(self) -> Device:
+        """Where it runs; ``none`` for the backend that computes nothing."""
+
+    @property
+    def format(self) -> Format | None:
+        """The kind of bundle file that it loads; None for the backend that computes nothing."""
+
+    def unavailable_reason(self) -> str | None:
+        """None where this backend can run, else why it can't here and what would change that.
+
+        Imports the runtime and tries the device: what a package says of itself is not believed.
+        """
+
+    def load(self, bundle: Bundle, options: Options) -> Session:
+        """Load the bundle's file for this backend. Raises BundleError, or whatever the runtime raises."""
+
+
+# One line for each backend: its name, and where the object is.
+BACKENDS: dict[str, str] = {
+    "torch-cpu": "bench.backends.torch_program:CPU",
+    "torch-cuda": "bench.backends.torch_program:CUDA",
+    "torchscript-cpu": "bench.backends.torchscript:CPU",
+    "torchscript-cuda": "bench.backends.torchscript:CUDA",
+    "onnx-cpu": "bench.backends.onnx:CPU",
+    "onnx-cuda": "bench.backends.onnx:CUDA",
+    "null": "bench.backends.null:NULL",
+}
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of that name. Raises BenchError (usage) for a name that is not in the table, listing those that are."""
+    if name not in BACKENDS:
+        raise BenchError(f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}.", EXIT_USAGE)
+    return resolve(BACKENDS[name])
+
+
+def resolve(reference: str) -> Backend:
+    """The backend at ``module:attribute``. A worker process is handed this reference, not the object."""
+    module, _, attribute = reference.partition(":")
+    return cast(Backend, getattr(importlib.import_module(module), attribute))

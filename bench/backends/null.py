@@ -1,0 +1,65 @@
+"""A backend that computes nothing: what it "takes" is the price of the harness around every other backend.
+
+Owns no runtime and loads no file; its output is zeros, so it takes no part in parity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from bench.backend import Backend, Device, Options, Placement, Setting
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from export.bundle import Bundle, Format
+
+
+@dataclass(frozen=True)
+class Null:
+    """Does nothing, on no device."""
+
+    name: ClassVar[str] = "null"
+    device: ClassVar[Device] = "none"
+    format: ClassVar[Format | None] = None
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+    def load(self, bundle: Bundle, options: Options) -> NullSession:
+        return NullSession(tuple(size for size in bundle.manifest.output.shape[1:] if isinstance(size, int)))
+
+
+class NullSession:
+    """Hands its input through; `fetch` returns one zero array for each batch size, made at its first use."""
+
+    def __init__(self, output_shape: tuple[int, ...]) -> None:
+        self._output_shape = output_shape
+        self._zeros: dict[int, np.ndarray] = {}
+
+    def prepare(self, raw: np.ndarray) -> np.ndarray:
+        return raw
+
+    def run(self, prepared: np.ndarray) -> np.ndarray:
+        return prepared
+
+    def fetch(self, output: np.ndarray) -> np.ndarray:
+        zeros = self._zeros.get(len(output))
+        if zeros is None:
+            import numpy as np
+
+            zeros = self._zeros[len(output)] = np.zeros((len(output), *self._output_shape), np.float32)
+        return zeros
+
+    def placement(self) -> Placement:
+        return Placement(nodes={}, evidence="there is nothing to place")
+
+    def settings(self) -> dict[str, Setting]:
+        return {}
+
+    def close(self) -> None:
+        self._zeros.clear()
+
+
+NULL: Backend = Null()

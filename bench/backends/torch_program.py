@@ -1,0 +1,66 @@
+"""torch, eagerly: the unfolded `torch.export` program, which is what a user would otherwise run, and so the reference.
+
+Owns loading that program on the CPU or a GPU. Knows nothing of other formats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bench.backend import Backend, Options, Placement
+from bench.backends.torch_runtime import (
+    TorchDevice,
+    TorchSession,
+    configure_torch,
+    stray_tensors,
+    torch_unavailable_reason,
+)
+
+if TYPE_CHECKING:
+    from export.bundle import Bundle, Format
+
+
+@dataclass(frozen=True)
+class TorchProgram:
+    """The exported program, run node by node by torch."""
+
+    device: TorchDevice
+    format: ClassVar[Format | None] = "pt2"
+
+    @property
+    def name(self) -> str:
+        return f"torch-{self.device}"
+
+    def unavailable_reason(self) -> str | None:
+        return torch_unavailable_reason(self.device)
+
+    def load(self, bundle: Bundle, options: Options) -> TorchSession:
+        import torch
+        from torch.export.passes import move_to_device_pass
+
+        configure_torch(options)
+        program = torch.export.load(bundle.locate(bundle.entry("pt2", folded=options.folded)))
+        # `.to(device)` would move the weights only; this moves the constants and device arguments of the graph as well.
+        exported = move_to_device_pass(program, self.device).module(check_guards=False)
+        # The exported module checks its input at every call, which the user's own eager module would not do, and its
+        # `.eval()` raises; the same graph in a plain GraphModule does neither. Eval behaviour is fixed in the graph itself.
+        module = torch.fx.GraphModule(exported, exported.graph).eval()
+        return TorchSession(module, bundle, self.device, _placement(module, self.device), {})
+
+
+def _placement(module: Any, device: TorchDevice) -> Placement:
+    """torch runs an operator where its tensors are, so tensors and device arguments tell the place of every node."""
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    arguments = [(node.name, node.kwargs["device"]) for node in calls if node.kwargs.get("device") is not None]
+    stray = stray_tensors(device, [*module.named_parameters(), *module.named_buffers()])
+    stray += tuple(f"{name} makes a tensor on {place}" for name, place in arguments if place.type != device)
+    return Placement(
+        nodes={device: len(calls)},
+        stray=stray,
+        evidence="device of every parameter, buffer and device argument of the graph",
+    )
+
+
+CPU: Backend = TorchProgram("cpu")
+CUDA: Backend = TorchProgram("cuda")

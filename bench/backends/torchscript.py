@@ -1,0 +1,98 @@
+"""TorchScript: the bundle's traced file, run by torch's own interpreter.
+
+Owns loading that file on the CPU or a GPU. TorchScript is deprecated upstream (torch 2.x warns at every load), but files of it
+are in use, and the C++ runtime needs no Python.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bench.backend import Backend, Options, Placement
+from bench.backends.torch_runtime import (
+    TorchDevice,
+    TorchSession,
+    configure_torch,
+    stray_tensors,
+    torch_unavailable_reason,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from export.bundle import Bundle, Format
+
+
+@dataclass(frozen=True)
+class TorchScript:
+    """A scripted module as `torch.jit.load` gives it, without further optimisation."""
+
+    device: TorchDevice
+    format: ClassVar[Format | None] = "torchscript"
+
+    @property
+    def name(self) -> str:
+        return f"torchscript-{self.device}"
+
+    def unavailable_reason(self) -> str | None:
+        reason = torch_unavailable_reason(self.device)
+        if reason is not None:
+            return reason
+        import torch
+
+        if not hasattr(torch.jit, "load"):
+            return f"torch {torch.__version__} no longer has TorchScript. Install an older torch to run such files."
+        return None
+
+    def load(self, bundle: Bundle, options: Options) -> TorchSession:
+        import torch
+
+        configure_torch(options)
+        path = bundle.locate(bundle.entry("torchscript", folded=options.folded))
+        load: Any = torch.jit.load
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the deprecation that the module docstring names
+            module = load(str(path), map_location=self.device).eval()
+        return TorchSession(module, bundle, self.device, _placement(module, self.device), {"optimised_for_inference": False})
+
+
+def _placement(module: Any, device: TorchDevice) -> Placement:
+    """Weights, constants and baked devices of the graph: torch runs an operator where its tensors are."""
+    nodes = list(_nodes(module.inlined_graph))
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    tensors += [(f"constant {node.output().debugName()}", value) for node in nodes if (value := _constant(node)) is not None]
+    stray = stray_tensors(device, tensors)
+    for node in nodes:
+        if node.kind() == "prim::Constant" and node.output().type().kind() == "DeviceObjType":
+            place = str(node.output().toIValue())
+            if place.partition(":")[0] != device:
+                stray += (f"constant {node.output().debugName()} names the device {place}",)
+    return Placement(
+        nodes={device: sum(node.kind().startswith("aten::") for node in nodes)},
+        stray=stray,
+        evidence="device of every parameter, buffer, tensor constant and device constant of the graph",
+    )
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    """Every node of a graph, those inside branches and loops too."""
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)
+
+
+def _constant(node: Any) -> torch.Tensor | None:
+    """The tensor of a constant node, None for any other node."""
+    if node.kind() != "prim::Constant" or node.output().type().kind() != "TensorType":
+        return None
+    tensor: torch.Tensor | None = node.output().toIValue()
+    return tensor
+
+
+CPU: Backend = TorchScript("cpu")
+CUDA: Backend = TorchScript("cuda")

@@ -1,0 +1,264 @@
+"""Making a bundle: every file written, loaded again and checked before anything is published.
+
+Owns the order of things and what must hold: no BatchNorm in a folded file but those that the report keeps, the folded
+network equal to the unfolded one in float64, every file right when run with optimisations off. Knows neither the
+rules of folding nor the details of a format.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import export
+from export.bundle import (
+    MANIFEST_NAME,
+    Bundle,
+    BundleError,
+    DataFile,
+    Environment,
+    FileEntry,
+    Format,
+    Manifest,
+    Oracle,
+    Source,
+    Tolerances,
+    sha256_file,
+)
+from export.fold.report import FoldReport, Strategy
+from trainer.errors import EXIT_NEGATIVE, UserError
+from trainer.publish import building
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from export.source import Material
+
+EXACT = 1e-12
+"""Largest relative difference, in float64, between the folded network and the unfolded one."""
+
+LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "safetensors")
+CHECK_BATCHES = (500, 7)
+"""Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
+
+
+class ExportRefused(UserError):
+    """The export made something that isn't right, so nothing was published."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message} Nothing was published.", EXIT_NEGATIVE)
+
+
+def fingerprint(source: Source, strategy: str) -> str:
+    """SHA-256 over everything that determines a bundle: weights, options, versions, and this package's own code."""
+    root = Path(export.__file__).parent
+    code = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *(root.parent / "trainer").glob("*.py")]):
+        code.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    facts = {"source": source.model_dump(), "strategy": strategy, "versions": _versions(), "code": code.hexdigest()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def up_to_date(target: Path, wanted: str) -> Bundle | None:
+    """The bundle at `target`, if it is whole and exporting again would change nothing."""
+    try:
+        bundle = Bundle.open(target)
+        if bundle.manifest.fingerprint != wanted:
+            return None
+        bundle.verify()
+    except BundleError:
+        return None
+    return bundle
+
+
+def build(material: Material, checkpoint: Path, target: Path, strategy: Strategy, say: Callable[[str], None]) -> Bundle:
+    """Make a bundle of `material` and publish it at `target`.
+
+    `say` is told of each step. Raises ExportRefused (exit code 1) when a check fails, UserError when the place can't be
+    written; in both cases what was at `target` before is untouched.
+    """
+    import torch
+
+    from export import oracle as truth
+    from export.fold import fold_batchnorm
+    from export.fold.batchnorm import export_program
+
+    example = torch.from_numpy(material.inputs[:2])
+    batch = ({0: torch.export.Dim("batch")},)
+    say("folding")
+    program = export_program(material.module, (example,), batch)
+    folded = fold_batchnorm(material.module, (example,), dynamic_shapes=batch, strategy=strategy)
+    say(_summary(folded.report))
+    _require_equal(material.module, folded.module, material.inputs)
+
+    say(f"computing the float64 oracle of {len(material.raw)} inputs")
+    inputs = material.inputs
+    logits = truth.logits64(material.module, inputs)
+    if not np.isfinite(logits).all():
+        raise ExportRefused("The model's float64 logits are not finite (NaN or infinity) for some inputs.")
+    oracle = Oracle(material.raw, material.labels, logits)
+
+    with building(target, MANIFEST_NAME) as folder:
+        say("writing")
+        entries = _write_files(folder, material, program, folded.module, example)
+        shutil.copyfile(checkpoint, folder / "checkpoint.safetensors")
+        _write_oracle(folder / "oracle.safetensors", oracle)
+        say("checking every file with optimisations off")
+        tolerances = _check_files(folder, entries, oracle, inputs, len(folded.report.kept))
+        manifest = Manifest(
+            schema_version=1,
+            name=target.name,
+            source=material.source,
+            input=material.input,
+            output=material.output,
+            preprocessing=material.preprocessing,
+            class_names=material.class_names,
+            files=tuple(entries),
+            checkpoint=_data_file(folder / "checkpoint.safetensors"),
+            oracle=_data_file(folder / "oracle.safetensors"),
+            fold=folded.report,
+            tolerances=tolerances,
+            environment=_environment(),
+            fingerprint=fingerprint(material.source, strategy),
+        )
+        (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+    return Bundle.open(target)
+
+
+def _write_files(
+    folder: Path,
+    material: Material,
+    program: torch.export.ExportedProgram,
+    folded: torch.fx.GraphModule,
+    example: torch.Tensor,
+) -> list[FileEntry]:
+    import torch
+
+    from export.fold.batchnorm import export_program
+    from export.formats import onnx_file, pt2, torchscript
+
+    names = material.input.name, material.output.name
+    folded_program = export_program(folded, (example,), ({0: torch.export.Dim("batch")},))
+    pt2.write(program, folder / "model.unfolded.pt2")
+    opset = onnx_file.write(folded_program, folder / "model.onnx", *names, optimize=True)
+    # torch's own optimiser would fold what it can, and the control would be none.
+    onnx_file.write(program, folder / "model.unfolded.onnx", *names, optimize=False)
+    torchscript.write(folded, example, folder / "model.ts")
+    torchscript.write(material.module, example, folder / "model.unfolded.ts")
+
+    def entry(name: str, format: Format, folded: bool, opset: int | None = None) -> FileEntry:
+        return FileEntry(
+            **_data_file(folder / name).model_dump(), format=format, precision="float32", folded=folded, opset=opset
+        )
+
+    return [
+        entry("model.onnx", "onnx", True, opset),
+        entry("model.unfolded.onnx", "onnx", False, opset),
+        entry("model.ts", "torchscript", True),
+        entry("model.unfolded.ts", "torchscript", False),
+        entry("model.unfolded.pt2", "pt2", False),
+    ]
+
+
+def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs: np.ndarray, kept: int) -> Tolerances:
+    """Load every file again and hold it to the oracle; returns the tolerances, whose unit is torch's own error."""
+    from export import oracle as truth
+    from export.formats import onnx_file, pt2, torchscript
+
+    modules = {"onnx": onnx_file, "torchscript": torchscript, "pt2": pt2}
+    tolerances: Tolerances | None = None
+    # The reference first: its error is the unit that the others are measured in.
+    for entry in sorted(entries, key=lambda entry: entry.format != "pt2"):
+        path, module = folder / entry.path, modules[entry.format]
+        if entry.folded and module.batchnorms(path) != kept:
+            raise ExportRefused(
+                f"{entry.path} holds {module.batchnorms(path)} BatchNorms, the fold report keeps {kept}."
+            )
+        run = module.runner(path)
+        whole, odd = CHECK_BATCHES
+        logits = truth.run_in_batches(run, inputs, whole)
+        if tolerances is None:
+            tolerances = Tolerances(float32_rms_error=truth.rms_error(logits, oracle.logits))
+        for checked in (logits, truth.run_in_batches(run, inputs[: 3 * odd], odd)):
+            problem = truth.strict_failure(checked, oracle, tolerances)
+            if problem is not None:
+                raise ExportRefused(f"{entry.path} is not right: {problem}.")
+    assert tolerances is not None
+    return tolerances
+
+
+def _require_equal(model: nn.Module, folded: nn.Module, inputs: np.ndarray) -> None:
+    """The folded network against the unfolded one in float64, on real inputs, random ones, and bright borders alone."""
+    import torch
+
+    real = torch.from_numpy(inputs[:100]).double()
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    border = noise.clone()
+    if border.dim() > 2:
+        border[(slice(None), slice(None), *[slice(1, -1)] * (border.dim() - 2))] = 0
+    model64, folded64 = copy.deepcopy(model).double(), copy.deepcopy(folded).double()
+    for what, x in (("real", real), ("random", noise), ("border", border)):
+        with torch.no_grad():
+            wanted, found = model64(x), folded64(x)
+        error = float((found - wanted).abs().max() / wanted.abs().max())
+        if not error <= EXACT:
+            raise ExportRefused(
+                f"The folded network differs from the unfolded one by {error:.1e} (relative, float64) on {what} inputs."
+            )
+
+
+def _write_oracle(path: Path, oracle: Oracle) -> None:
+    from safetensors.numpy import save
+
+    tensors = {"raw": np.ascontiguousarray(oracle.raw), "logits": oracle.logits}
+    if oracle.labels is not None:
+        tensors["labels"] = oracle.labels
+    path.write_bytes(save(tensors))
+
+
+def _data_file(path: Path) -> DataFile:
+    return DataFile(path=path.name, sha256=sha256_file(path), bytes=path.stat().st_size)
+
+
+def _summary(report: FoldReport) -> str:
+    lines = [f"folded {norm.name}: {norm.method}, into {', '.join(norm.into)}" for norm in report.folded]
+    lines += [f"kept {norm.name}: {norm.reason}" for norm in report.kept]
+    return "\n".join(lines or ["the model has no BatchNorm"])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _environment() -> Environment:
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(export.__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return Environment(
+        python=platform.python_version(), platform=platform.platform(), versions=_versions(), git_commit=commit
+    )

@@ -1,0 +1,239 @@
+"""The bundle: a directory that can be carried to another machine, checked and run there.
+
+Owns the contract between whoever exports and whoever runs: the manifest (`bundle.json`), the places and hashes of the
+files, and the oracle. Knows neither how a file was made nor which runtime
+will load it, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from export.fold.report import FoldReport
+from trainer.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+
+Format = Literal["pt2", "torchscript", "onnx"]
+Precision = Literal["float32"]
+Dimension = int | str
+
+
+class BundleError(UserError):
+    """A bundle that is missing, damaged, incomplete or of another schema. The message names the file and the remedy."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Frozen):
+    """A named tensor; a dimension that is a string (``"batch"``) is symbolic."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+class Preprocessing(_Frozen):
+    """From the raw input as a user has it to what the model takes: ``(raw * scale - mean) / std``, in float32.
+
+    `raw` describes the raw array; it is reshaped to the model's input shape, `mean` and `std` hold one value, or one
+    for each channel (axis 1 of the model's input). Every backend computes this very expression, so that two runtimes
+    differ in the model and not in its input.
+    """
+
+    raw: TensorSpec
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, raw: np.ndarray, input_shape: tuple[Dimension, ...]) -> np.ndarray:
+        """Raw array [N, …] → float32 array [N, *input_shape[1:]], the reference in NumPy."""
+        sizes = tuple(
+            have if isinstance(want, str) else want
+            for want, have in zip(input_shape[1:], _pad(raw.shape[1:], len(input_shape) - 1), strict=True)
+        )
+        x = raw.reshape(raw.shape[0], *sizes).astype(np.float32)
+        axis = (1, -1, *([1] * (x.ndim - 2))) if x.ndim > 1 else (-1,)
+        mean = np.asarray(self.mean, np.float32).reshape(axis)
+        std = np.asarray(self.std, np.float32).reshape(axis)
+        return (x * np.float32(self.scale) - mean) / std
+
+
+def _pad(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
+    return (1,) * (length - len(shape)) + shape
+
+
+class DataFile(_Frozen):
+    """A file of the bundle: its place relative to the bundle, and what must be found there."""
+
+    path: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: int
+
+
+class FileEntry(DataFile):
+    """A file that a runtime loads. `folded` is False for the control: the same model exported without folding."""
+
+    format: Format
+    precision: Precision
+    folded: bool
+    opset: int | None = None
+
+
+class Source(_Frozen):
+    """Where the weights come from. What is not known (a user's own model has no recipe) is None."""
+
+    factory: str
+    checkpoint_sha256: str
+    recipe: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    test_top1: float | None = None
+
+
+class Tolerances(_Frozen):
+    """What parity must hold to, stated by the exporter. Percentages are in points of 100."""
+
+    strict_rms_factor: float = 4.0
+    strict_flip_margin: float = 1e-4
+    fast_top1_points: float = 0.05
+    fast_flips_percent: float = 0.1
+    float32_rms_error: float
+    """RMS error of the logits that float32 torch on the CPU makes against the oracle on the exporting machine."""
+
+
+class Environment(_Frozen):
+    """The exporting machine."""
+
+    python: str
+    platform: str
+    versions: dict[str, str]
+    git_commit: str | None
+
+
+class Manifest(_Frozen):
+    """`bundle.json`."""
+
+    schema_version: Literal[1]
+    name: str
+    source: Source
+    input: TensorSpec
+    output: TensorSpec
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    files: tuple[FileEntry, ...]
+    checkpoint: DataFile
+    oracle: DataFile
+    fold: FoldReport
+    tolerances: Tolerances
+    environment: Environment
+    fingerprint: str
+    """SHA-256 over everything that determined this bundle; equal means that exporting again would change nothing."""
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The truth: `logits` float64 [N, classes] of the unfolded model for `raw` [N, …]; `labels` int64 [N] or None."""
+
+    raw: np.ndarray
+    labels: np.ndarray | None
+    logits: np.ndarray
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `path` is the folder, `manifest` what `bundle.json` says, `digest` the hash of `bundle.json`.
+
+    The manifest holds every file's hash, so `digest` identifies the whole bundle.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """Parse and validate `bundle.json`; no other file is read. Raises BundleError."""
+        folder = Path(path)
+        manifest_path = folder / MANIFEST_NAME
+        try:
+            text = manifest_path.read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"no bundle at {folder}: {MANIFEST_NAME} can't be read ({error.strerror}). "
+                "Make one with `python -m export`, or name one with --bundle."
+            ) from None
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{manifest_path} is not JSON ({error}). Export the bundle again.") from None
+        version = fields.get("schema_version") if isinstance(fields, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{manifest_path} has schema_version {version!r}, this ninefold reads {SCHEMA_VERSION}. "
+                "Export the bundle again."
+            )
+        try:
+            manifest = Manifest.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BundleError(
+                f"{manifest_path} is not a valid manifest: {where}: {first['msg']}. Export the bundle again."
+            ) from None
+        return cls(folder, manifest, hashlib.sha256(text).hexdigest())
+
+    def verify(self) -> None:
+        """Check every file's size and hash. Raises BundleError at the first that differs."""
+        for entry in (*self.manifest.files, self.manifest.checkpoint, self.manifest.oracle):
+            self.locate(entry)
+
+    def entry(self, format: Format, precision: Precision = "float32", folded: bool = True) -> FileEntry:
+        """The one file of that kind. Raises BundleError where the bundle has none."""
+        for file in self.manifest.files:
+            if (file.format, file.precision, file.folded) == (format, precision, folded):
+                return file
+        have = ", ".join(
+            f"{f.format}/{f.precision}/{'folded' if f.folded else 'unfolded'}" for f in self.manifest.files
+        )
+        wanted = f"{format}/{precision}/{'folded' if folded else 'unfolded'}"
+        raise BundleError(f"the bundle at {self.path} has no {wanted} file; it has {have}. Export it again.")
+
+    def locate(self, entry: DataFile) -> Path:
+        """The file's path, after its size and hash were checked. Raises BundleError."""
+        path = self.path / entry.path
+        try:
+            size, found = path.stat().st_size, sha256_file(path)
+        except OSError as error:
+            raise BundleError(
+                f"{path} can't be read ({error.strerror}), but the manifest lists it. Export the bundle again."
+            ) from None
+        if size != entry.bytes or found != entry.sha256:
+            raise BundleError(
+                f"{path} was altered: {size} bytes with SHA-256 {found[:16]}…, the manifest says {entry.bytes} bytes "
+                f"with {entry.sha256[:16]}…. Export the bundle again, or copy it again from where it came."
+            )
+        return path
+
+    def oracle(self) -> Oracle:
+        """The oracle, after its hash was checked. Raises BundleError."""
+        from safetensors.numpy import load_file
+
+        tensors = load_file(self.locate(self.manifest.oracle))
+        return Oracle(tensors["raw"], tensors.get("labels"), tensors["logits"])

@@ -1,0 +1,97 @@
+"""Folding a torch module: export its graph, fold it, write it back.
+
+Owns `fold_batchnorm`. The cases stand in `rules`, the formulas in `algebra`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from export.fold import rules, torch_graph
+from export.fold.report import FoldReport, Strategy
+from trainer.errors import UserError
+
+
+class FoldError(UserError):
+    """A model that can't be folded at all: in training mode, not a number in its weights, refused by torch.export."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A folded model: `module` computes the model's function; `report` says what became of each BatchNorm."""
+
+    module: fx.GraphModule
+    report: FoldReport
+
+
+def fold_batchnorm(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_shapes: Any = None,
+    strategy: Strategy = "auto",
+) -> Folded:
+    """Fold every BatchNorm of a model whose home is exact; the others stay and are in the report with the reason.
+
+    Args:
+        model: any module in eval mode that torch.export takes. It is never changed and shares nothing with the result.
+        example_inputs: a tuple of tensors that the model takes; a batch of 2 or more where the batch is to be symbolic.
+        dynamic_shapes: as for `torch.export.export`. None makes the first dimension of every input symbolic, together,
+            where torch.export accepts that, and fixes all sizes otherwise.
+        strategy: how a shift gets over a border of zeros: ``"ones"``, ``"bias-map"`` or ``"floor"`` alone, or
+            ``"auto"``, the cheapest that is exact. ``"none"`` folds nothing.
+
+    Returns:
+        The folded module, on the model's device and in its dtype, in eval mode, and the report.
+
+    Raises:
+        FoldError: the model is in training mode, has weights that are not finite, or torch.export refuses it.
+    """
+    module = graph_module(model, example_inputs, dynamic_shapes)
+    with torch.no_grad():
+        graph, unread = torch_graph.read(module)
+        report = rules.fold(graph, strategy)
+        folded = torch_graph.write(module, graph)
+    return Folded(folded, FoldReport(folded=report.folded, kept=(*report.kept, *unread)))
+
+
+def graph_module(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None) -> fx.GraphModule:
+    """The model's graph as torch.export sees it, sharing its weights. Raises FoldError as `fold_batchnorm` does."""
+    if model.training:
+        raise FoldError(
+            "the model is in training mode, in which BatchNorm normalises by the batch and can't be folded. "
+            "Call model.eval() first."
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FoldError(
+                f"{name} holds values that are not finite (NaN or infinity). No result would be right: "
+                "use weights from a training that converged."
+            )
+    exported = export_program(model, example_inputs, dynamic_shapes).module(check_guards=False)
+    return fx.GraphModule(exported, exported.graph)
+
+
+def export_program(
+    model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
+    """The model as torch.export sees it; `dynamic_shapes` as for `fold_batchnorm`. Raises FoldError."""
+    attempts = [dynamic_shapes]
+    if dynamic_shapes is None and all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1 for x in inputs):
+        batch = torch.export.Dim("batch")
+        attempts = [tuple({0: batch} for _ in inputs), None]
+    for attempt in attempts:
+        try:
+            with torch.no_grad():
+                return torch.export.export(model, inputs, dynamic_shapes=attempt)
+        except Exception as error:  # torch.export raises many kinds; each means that it does not take this model
+            problem = error
+    first_line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+    raise FoldError(
+        f"torch.export does not take this model: {first_line} Folding works on its graph; its documentation "
+        "says what a model must avoid (control flow that depends on data, for one)."
+    ) from problem

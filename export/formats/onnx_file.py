@@ -1,0 +1,84 @@
+"""ONNX: one file, weights inside, symbolic batch.
+
+Owns writing a torch.export program as ONNX, counting the BatchNorms in such a file, and running it with every
+optimisation off. Knows nothing of folding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+OPSET = 20
+"""Has GELU as one node; every onnxruntime from 1.17 on runs it."""
+
+
+def write(
+    program: torch.export.ExportedProgram, path: Path, input_name: str, output_name: str, *, optimize: bool
+) -> int:
+    """Write the program to `path`; returns the opset. `optimize=False` keeps BatchNorms that torch would fold itself.
+
+    Raises onnx.checker.ValidationError where the file does not pass the full check.
+    """
+    with _quiet():
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            optimize=optimize,
+            opset_version=OPSET,
+            external_data=False,
+            input_names=[input_name],
+            output_names=[output_name],
+            verbose=False,
+        )
+    assert exported is not None
+    exported.save(str(path), external_data=False)
+    onnx.checker.check_model(str(path), full_check=True)
+    return OPSET
+
+
+def batchnorms(path: Path) -> int:
+    """How many BatchNormalization nodes the file holds, in functions and subgraphs too."""
+    model = onnx.load(str(path), load_external_data=False)
+
+    def count(nodes: object) -> int:
+        return sum(
+            (node.op_type == "BatchNormalization")
+            + sum(count(graph.node) for attribute in node.attribute for graph in (attribute.g, *attribute.graphs))
+            for node in nodes  # type: ignore[attr-defined]
+        )
+
+    return count(model.graph.node) + sum(count(function.node) for function in model.functions)
+
+
+def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The file as a function, float32 batch → float32 logits, on the CPU with every graph optimisation off."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (name,) = (argument.name for argument in session.get_inputs())
+    return lambda batch: np.asarray(session.run(None, {name: batch})[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx prints its progress and warns of its own internals; neither tells a user anything."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)

@@ -1,0 +1,63 @@
+"""TorchScript: deprecated by its makers, still what many deployments load.
+
+Owns tracing a module so that the batch stays free, counting the BatchNorms in such a file, and running it with the
+optimising executor off. Knows nothing of folding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+aten = torch.ops.aten
+
+
+def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
+    """Trace `module` on `example` [batch, …] and save it. Nothing is frozen or folded by TorchScript itself."""
+    traced_from = _sizes_as_methods(module) if isinstance(module, fx.GraphModule) else module
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; the format is still asked for
+        warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
+        torch.jit.trace(traced_from, example, check_trace=False).save(str(path))  # type: ignore[no-untyped-call]
+
+
+def batchnorms(path: Path) -> int:
+    """How many batch_norm calls the file's graph holds once everything is inlined."""
+    return str(_load(path).inlined_graph).count("aten::batch_norm(")
+
+
+def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The file as a function, float32 batch → float32 logits, on the CPU with the optimising executor off."""
+    module = _load(path)
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        with torch.no_grad(), torch.jit._fuser.optimized_execution(False):
+            return np.asarray(module(torch.from_numpy(batch)).numpy())
+
+    return run
+
+
+def _load(path: Path) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    return module
+
+
+def _sizes_as_methods(module: fx.GraphModule) -> fx.GraphModule:
+    """The module with sizes read by methods: tracing takes `aten.sym_size` for a number, and would fix the batch."""
+    graph = fx.Graph()
+    result = graph.graph_copy(module.graph, {})
+    graph.output(result)
+    graph._codegen = module.graph._codegen
+    for node in graph.nodes:
+        if node.target is aten.sym_size.int:
+            node.op, node.target = "call_method", "size"
+        elif node.target in (aten.view.default, aten.reshape.default, aten.expand.default):
+            node.op, node.target = "call_method", node.target._schema.name.removeprefix("aten::")
+    return fx.GraphModule(module, graph)

@@ -1,0 +1,55 @@
+"""What a user can get wrong, and how a command says so.
+
+Owns the error that every command of `trainer` and `export` reports as one paragraph on stderr, the exit codes, and
+the way a command ends when it is interrupted. Knows nothing of what the commands do.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Protocol
+
+EXIT_NEGATIVE = 1
+EXIT_USAGE = 2
+EXIT_BAD_INPUT = 4
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class UserError(Exception):
+    """A mistake or a circumstance that the user can mend: bad data, a bad file, a full disk.
+
+    The message is one paragraph: what was received, what was expected, what to do. `exit_code` is what the process
+    returns (4, bad input, unless told otherwise).
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_BAD_INPUT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, it is no `Exception`, so that nothing swallows it."""
+
+
+class _App(Protocol):
+    def __call__(self, *, prog_name: str) -> object: ...
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def run_app(app: _App, prog_name: str) -> None:
+    """Run a Typer app as a whole process: a UserError becomes a paragraph on stderr and its exit code."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        app(prog_name=prog_name)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        sys.exit(EXIT_TERMINATED)

@@ -1,0 +1,110 @@
+"""Publishing a folder: whole or not at all.
+
+Owns the atomic step by which a finished folder takes the place of an older one. Knows nothing of what is inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.errors import UserError
+
+
+@contextlib.contextmanager
+def building(target: Path, marker: str) -> Iterator[Path]:
+    """A fresh folder beside `target`; leaving the block without an exception publishes it as `target`.
+
+    Whatever happens inside the block, `target` stays what it was until one atomic step replaces the whole of it; an
+    exception, an interrupt included, removes the half-built folder. A non-empty `target` without a file called `marker`
+    is somebody else's and is left alone. Raises UserError where the place can't be written or is somebody else's.
+    """
+    target = Path(os.path.abspath(target))
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+        staging.chmod(0o755)
+        yield staging
+        _sync(staging)
+        _swap_in(staging, target, marker)
+    except OSError as error:
+        raise UserError(
+            f"can't write {target} ({error.strerror or error}). What was there before is untouched. "
+            "Free some space or name another folder with --out."
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's files to the disk before anything points at them."""
+    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+        if path.is_dir() and os.name == "nt":
+            continue  # Windows has no handle for a folder
+        descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _swap_in(staging: Path, target: Path, marker: str) -> None:
+    """Put `staging` where `target` is; what `target` was is left at `staging`, or gone."""
+    if target.is_symlink() or (target.exists() and not (target / marker).exists() and any(target.iterdir())):
+        raise UserError(
+            f"{target} exists and is not a folder that this command made "
+            f"(it has no {marker}). It is left untouched; name another with --out."
+        )
+    if not target.exists():
+        os.rename(staging, target)
+    elif not _exchange(staging, target):
+        # No atomic exchange on this platform or file system: a reader that comes between the two renames finds no
+        # folder, never half of one.
+        aside = target.with_name(f"{staging.name}.old")
+        os.rename(target, aside)
+        try:
+            os.rename(staging, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    if os.name != "nt":
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one atomic step; False where the system has no such call.
+
+    Linux: renameat2 with RENAME_EXCHANGE (man 2 rename); macOS: renamex_np with RENAME_SWAP (man 2 renamex_np).
+    """
+    if os.name == "nt":
+        return False
+    library = ctypes.CDLL(None, use_errno=True)
+    a, b = os.fsencode(one), os.fsencode(other)
+    if sys.platform.startswith("linux") and hasattr(library, "renameat2"):
+        at_cwd, exchange = -100, 2
+        failed = library.renameat2(at_cwd, a, at_cwd, b, exchange)
+    elif sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        swap = 2
+        failed = library.renamex_np(a, b, swap)
+    else:
+        return False
+    if not failed:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
