@@ -1,7 +1,7 @@
 """What a backend is, and which there are.
 
-Owns the contract that adapts one runtime on one device, and the table of backends. Knows no runtime: a backend's file is
-imported when somebody asks for it, and its runtime when somebody uses it.
+Owns the contract that adapts one runtime on one device, and the table of backends. Knows no runtime: a backend's file
+is imported when somebody asks for it, and its runtime when somebody uses it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Profile(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """How a backend is to run. `threads` is the size of the runtime's own pool for one operator; `folded` picks the file."""
+    """How a backend is to run. `threads` is the size of the runtime's own pool for one operator; `folded` picks the
+    file.
+    """
 
     threads: int
     profile: Profile = Profile.STRICT
@@ -46,8 +48,8 @@ class Placement:
 
     Attributes:
         nodes: how many compute nodes each provider or device runs.
-        stray: the compute nodes (or their tensors) that are elsewhere than the backend's name says. A backend with any is
-            refused: its row would lie.
+        stray: the compute nodes (or their tensors) that are elsewhere than the backend's name says. A backend with any
+            is refused: its row would lie.
         exempt: shape arithmetic that sits on the CPU by the runtime's design. It touches no image.
         evidence: what was looked at.
     """
@@ -66,7 +68,7 @@ class Session(Protocol):
         preprocessed and complete on the device. What it returns stays valid when `prepare` is called again."""
 
     def run(self, prepared: Any) -> Any:
-        """The model on what `prepare` returned. Returns when the result exists on the device, not when it was queued."""
+        """The model on what `prepare` returned. Returns when the result exists on the device, not when queued."""
 
     def fetch(self, output: Any) -> np.ndarray:
         """What `run` returned → float32 logits [N, classes] in host memory."""
@@ -75,7 +77,9 @@ class Session(Protocol):
         """Where the compute nodes run, found out and not assumed."""
 
     def settings(self) -> dict[str, Setting]:
-        """The settings in effect, read back from the runtime where it tells them: versions, threads, arithmetic, options."""
+        """The settings in effect, read back from the runtime where it tells them: versions, threads, arithmetic,
+        options.
+        """
 
     def close(self) -> None:
         """Give the model and its memory back."""
@@ -119,7 +123,7 @@ BACKENDS: dict[str, str] = {
 
 
 def find_backend(name: str) -> Backend:
-    """The backend of that name. Raises BenchError (usage) for a name that is not in the table, listing those that are."""
+    """The backend of that name. Raises BenchError (usage) for a name that is not in the table, listing them."""
     if name not in BACKENDS:
         raise BenchError(f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}.", EXIT_USAGE)
     return resolve(BACKENDS[name])

@@ -1,6 +1,7 @@
 """How a command of `bench` ends when it can't give what was asked for.
 
-Owns the exit codes and the error that the command line turns into one paragraph on stderr. Knows nothing of what failed.
+Owns the exit codes and the error that the command line turns into one paragraph on stderr. Knows nothing of what
+failed.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ EXACT = 1e-12
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "safetensors")
 CHECK_BATCHES = (500, 7)
 """Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
+CONTROL_IMAGES = 2_000
+"""The unfolded controls are checked on so many of the oracle's images, the files to deploy on all of them."""
 
 
 class ExportRefused(UserError):
@@ -92,47 +94,46 @@ def build(material: Material, checkpoint: Path, target: Path, strategy: Strategy
 
     from export import oracle as truth
     from export.fold import fold_batchnorm
-    from export.fold.batchnorm import export_program
+    from export.fold.batchnorm import as_module, export_program
 
     example = torch.from_numpy(material.inputs[:2])
     batch = ({0: torch.export.Dim("batch")},)
     say("folding")
     program = export_program(material.module, (example,), batch)
-    folded = fold_batchnorm(material.module, (example,), dynamic_shapes=batch, strategy=strategy)
-    say(_summary(folded.report))
-    _require_equal(material.module, folded.module, material.inputs)
-
-    say(f"computing the float64 oracle of {len(material.raw)} inputs")
-    inputs = material.inputs
-    logits = truth.logits64(material.module, inputs)
-    if not np.isfinite(logits).all():
-        raise ExportRefused("The model's float64 logits are not finite (NaN or infinity) for some inputs.")
-    oracle = Oracle(material.raw, material.labels, logits)
-
-    with building(target, MANIFEST_NAME) as folder:
-        say("writing")
-        entries = _write_files(folder, material, program, folded.module, example)
-        shutil.copyfile(checkpoint, folder / "checkpoint.safetensors")
-        _write_oracle(folder / "oracle.safetensors", oracle)
-        say("checking every file with optimisations off")
-        tolerances = _check_files(folder, entries, oracle, inputs, len(folded.report.kept))
-        manifest = Manifest(
-            schema_version=1,
-            name=target.name,
-            source=material.source,
-            input=material.input,
-            output=material.output,
-            preprocessing=material.preprocessing,
-            class_names=material.class_names,
-            files=tuple(entries),
-            checkpoint=_data_file(folder / "checkpoint.safetensors"),
-            oracle=_data_file(folder / "oracle.safetensors"),
-            fold=folded.report,
-            tolerances=tolerances,
-            environment=_environment(),
-            fingerprint=fingerprint(material.source, strategy),
-        )
-        (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+    with truth.computing_logits64(as_module(program), material.inputs) as wait_for_logits:
+        # In float64, so that the fold itself is held to float64's precision; the files get weights rounded once.
+        model64 = copy.deepcopy(material.module).double()
+        folded = fold_batchnorm(model64, (example.double(),), dynamic_shapes=batch, strategy=strategy)
+        say(_summary(folded.report))
+        _require_equal(model64, folded.module, material.inputs)
+        with building(target, MANIFEST_NAME) as folder:
+            say(f"writing, and computing the float64 oracle of {len(material.raw)} inputs")
+            entries = _write_files(folder, material, program, folded.module.float(), example)
+            shutil.copyfile(checkpoint, folder / "checkpoint.safetensors")
+            logits = wait_for_logits()
+            if not np.isfinite(logits).all():
+                raise ExportRefused("The model's float64 logits are not finite (NaN or infinity) for some inputs.")
+            oracle = Oracle(material.raw, material.labels, logits)
+            _write_oracle(folder / "oracle.safetensors", oracle)
+            say("checking every file with optimisations off")
+            tolerances = _check_files(folder, entries, oracle, material.inputs, len(folded.report.kept))
+            manifest = Manifest(
+                schema_version=1,
+                name=target.name,
+                source=material.source,
+                input=material.input,
+                output=material.output,
+                preprocessing=material.preprocessing,
+                class_names=material.class_names,
+                files=tuple(entries),
+                checkpoint=_data_file(folder / "checkpoint.safetensors"),
+                oracle=_data_file(folder / "oracle.safetensors"),
+                fold=folded.report,
+                tolerances=tolerances,
+                environment=_environment(),
+                fingerprint=fingerprint(material.source, strategy),
+            )
+            (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
     return Bundle.open(target)
 
 
@@ -187,7 +188,8 @@ def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs:
             )
         run = module.runner(path)
         whole, odd = CHECK_BATCHES
-        logits = truth.run_in_batches(run, inputs, whole)
+        reference = tolerances is None
+        logits = truth.run_in_batches(run, inputs if entry.folded or reference else inputs[:CONTROL_IMAGES], whole)
         if tolerances is None:
             tolerances = Tolerances(float32_rms_error=truth.rms_error(logits, oracle.logits))
         for checked in (logits, truth.run_in_batches(run, inputs[: 3 * odd], odd)):
@@ -198,8 +200,8 @@ def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs:
     return tolerances
 
 
-def _require_equal(model: nn.Module, folded: nn.Module, inputs: np.ndarray) -> None:
-    """The folded network against the unfolded one in float64, on real inputs, random ones, and bright borders alone."""
+def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: np.ndarray) -> None:
+    """The folded network against the unfolded one, both float64, on real and random inputs and on borders alone."""
     import torch
 
     real = torch.from_numpy(inputs[:100]).double()
@@ -207,7 +209,6 @@ def _require_equal(model: nn.Module, folded: nn.Module, inputs: np.ndarray) -> N
     border = noise.clone()
     if border.dim() > 2:
         border[(slice(None), slice(None), *[slice(1, -1)] * (border.dim() - 2))] = 0
-    model64, folded64 = copy.deepcopy(model).double(), copy.deepcopy(folded).double()
     for what, x in (("real", real), ("random", noise), ("border", border)):
         with torch.no_grad():
             wanted, found = model64(x), folded64(x)

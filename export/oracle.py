@@ -5,12 +5,16 @@ Owns the oracle's numbers and the verdicts made against it while exporting. Know
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import contextlib
+import multiprocessing
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from export.bundle import Oracle, Tolerances
 
@@ -18,12 +22,46 @@ CHUNK = 50
 """Images at a time: 1,000 took 0.52 s in chunks of 50, 0.70 s of 250, 0.85 s at once (float64, two cores)."""
 
 
-def logits64(model: nn.Module, inputs: np.ndarray) -> np.ndarray:
-    """float64 logits [N, classes] of `model` for float32 model inputs [N, …]. The model is not changed."""
-    model64 = copy.deepcopy(model).double()
+def logits64(model64: nn.Module, inputs: np.ndarray) -> np.ndarray:
+    """float64 logits [N, classes] of a float64 model for float32 model inputs [N, …]."""
     with torch.no_grad():
         parts = [model64(torch.from_numpy(inputs[i : i + CHUNK]).double()) for i in range(0, len(inputs), CHUNK)]
     return torch.cat(parts).numpy()
+
+
+@contextlib.contextmanager
+def computing_logits64(module: fx.GraphModule, inputs: np.ndarray) -> Iterator[Callable[[], np.ndarray]]:
+    """`logits64` of the float32 `module` in a process of its own, so that exporting goes on meanwhile.
+
+    Yields a function that waits for the logits. A process and not a thread, since tracing a graph changes how modules
+    are called in all threads. Leaving the block ends the process. Raises RuntimeError where it fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_compute, args=(pickle.dumps(module), inputs, sender), daemon=True)
+    process.start()
+    sender.close()
+
+    def wait() -> np.ndarray:
+        try:
+            logits = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(f"the process that computed the oracle ended with code {process.exitcode}") from None
+        assert isinstance(logits, np.ndarray)
+        return logits
+
+    try:
+        yield wait
+    finally:
+        process.terminate()
+        process.join()
+        receiver.close()
+
+
+def _compute(module: bytes, inputs: np.ndarray, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    sender.send(logits64(pickle.loads(module).double(), inputs))
 
 
 def run_in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, batch: int) -> np.ndarray:
@@ -38,7 +76,7 @@ def rms_error(logits: np.ndarray, truth: np.ndarray) -> float:
 
 
 def flips(logits: np.ndarray, truth: np.ndarray, margin: float) -> list[int]:
-    """Indices of the inputs that are predicted differently although the truth's two highest logits are `margin` apart."""
+    """Indices of inputs that are predicted differently although the truth's two highest logits are `margin` apart."""
     highest = np.sort(truth, axis=1)
     clear = highest[:, -1] - highest[:, -2] > margin if truth.shape[1] > 1 else np.ones(len(truth), bool)
     return [int(i) for i in np.flatnonzero(clear & (logits.argmax(1) != truth.argmax(1)))]

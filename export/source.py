@@ -51,7 +51,7 @@ def describe(path: Path) -> Source:
     """What the checkpoint says of itself, without loading its weights. Raises UserError."""
     metadata = checkpoint.read_metadata(path)
     return Source(
-        factory=metadata.factory,
+        factory=metadata.model,
         checkpoint_sha256=sha256_file(path),
         recipe=metadata.recipe,
         seed=metadata.seed,
@@ -63,9 +63,10 @@ def describe(path: Path) -> Source:
 def load(path: Path, source: Source, data_dir: Path) -> Material:
     """The checkpoint's network with its weights, and the MNIST test set. Raises UserError."""
     import torch
+
     from trainer.model import Net
 
-    weights, _ = checkpoint.load(path)
+    weights, metadata = checkpoint.load(path)
     module = Net().eval()
     try:
         module.load_state_dict(weights)
@@ -82,5 +83,6 @@ def load(path: Path, source: Source, data_dir: Path) -> Material:
             "Such a model can't be right: train it again."
         )
     data = mnist.load(data_dir)
-    preprocessing = Preprocessing(raw=RAW, scale=mnist.SCALE, mean=(mnist.MEAN,), std=(mnist.STD,))
+    scaling = metadata.preprocessing
+    preprocessing = Preprocessing(raw=RAW, scale=scaling.scale, mean=(scaling.mean,), std=(scaling.std,))
     return Material(module, source, INPUT, OUTPUT, preprocessing, data.test_images, data.test_labels, CLASS_NAMES)

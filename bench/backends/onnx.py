@@ -1,9 +1,9 @@
 """onnxruntime, on its CPU or its CUDA execution provider.
 
-Owns sessions, their placement, and the input and output binding on CUDA. Nothing that onnxruntime says of itself is believed:
-its list of providers names CUDA on machines without a GPU, and a session that can't have CUDA runs on the CPU without a
-word. What counts is which provider each node was assigned to, which onnxruntime records when asked (since 1.24,
-microsoft/onnxruntime#26781).
+Owns sessions, their placement, and the input and output binding on CUDA. Nothing that onnxruntime says of itself is
+believed: its list of providers names CUDA on machines without a GPU, and a session that can't have CUDA runs on the CPU
+without a word. What counts is which provider each node was assigned to, which onnxruntime records when asked (since
+1.24, microsoft/onnxruntime#26781).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, Profile, Setting
+from bench.backend import Backend, Options, Placement, Profile, Session, Setting
 from bench.backends.torch_runtime import TorchDevice, TorchInput, torch_unavailable_reason
 
 if TYPE_CHECKING:
@@ -23,10 +23,23 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-# Operators that compute with shapes. onnxruntime keeps such nodes on the CPU on purpose, since their results steer the launch
-# of kernels. One of these is exempt from the placement rule, provided that all it makes is integers.
+# Operators that compute with shapes. onnxruntime keeps such nodes on the CPU on purpose, since their results steer the
+# launch of kernels. One of these is exempt from the placement rule, provided that all it makes is integers.
 SHAPE_OPERATORS = frozenset(
-    "Shape Size Gather Squeeze Unsqueeze Concat Slice Cast Reshape Range ConstantOfShape Add Sub Mul Div".split()
+    {
+        "Shape",
+        "Size",
+        "Gather",
+        "Squeeze",
+        "Unsqueeze",
+        "Concat",
+        "Slice",
+        "Cast",
+        "Reshape",
+        "Range",
+        "ConstantOfShape",
+    }
+    | {"Add", "Sub", "Mul", "Div"}
 )
 
 
@@ -62,14 +75,13 @@ class Onnx:
             import torch
 
             return (
-                f"onnxruntime {version}, built for CUDA {onnxruntime.cuda_version}, could not start its CUDA provider beside torch "
-                f"{torch.__version__} with CUDA {torch.version.cuda} and cuDNN {torch.backends.cudnn.version()}. The two need the "
-                "same major versions of CUDA and cuDNN: install matching builds; onnxruntime.print_debug_info() shows what is "
-                "loaded."
+                f"onnxruntime {version}, built for CUDA {onnxruntime.cuda_version}, could not start its CUDA provider "
+                f"beside torch {torch.__version__} with CUDA {torch.version.cuda}. The two need the same major "
+                "versions of CUDA and cuDNN: install matching builds; see onnxruntime.print_debug_info()."
             )
         return None
 
-    def load(self, bundle: Bundle, options: Options) -> OnnxSession:
+    def load(self, bundle: Bundle, options: Options) -> Session:
         if self.device == "cuda":
             import torch  # noqa: F401  # before onnxruntime, so that both use one CUDA and one cuDNN
 
@@ -83,7 +95,9 @@ class Onnx:
 
 
 def _open(model: str | bytes, device: TorchDevice, options: Options) -> Any:
-    """An onnxruntime session with the provider of `device` first; never one that quietly changed its providers at run time."""
+    """An onnxruntime session with the provider of `device` first; never one that quietly changed its providers at run
+    time.
+    """
     import onnxruntime
 
     config = onnxruntime.SessionOptions()
@@ -108,7 +122,7 @@ def _one_node_model() -> bytes:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", value[:1], value[1:])
     # The oldest versions that all onnxruntimes of today read: this asks for a provider, not for a new operator.
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def read_placement(session: Any, device: TorchDevice, model: Path) -> Placement:
@@ -156,16 +170,18 @@ def _assignments(session: Any) -> Any:
 
 
 def _integer_nodes(model: Path) -> frozenset[str]:
-    """The names of the nodes of an ONNX file that make integers or booleans only. A node that can't be judged is not in it."""
+    """The names of the nodes of an ONNX file that make integers or booleans only. A node that can't be judged is not in
+    it.
+    """
     import onnx
     from onnx import TensorProto
 
     graph = onnx.shape_inference.infer_shapes(onnx.load(str(model), load_external_data=False)).graph
     whole = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
-    integers = {
-        value.name for value in (*graph.value_info, *graph.output) if value.type.tensor_type.elem_type in whole
-    }
-    return frozenset(node.name for node in graph.node if node.name and all(output in integers for output in node.output))
+    integers = {value.name for value in (*graph.value_info, *graph.output) if value.type.tensor_type.elem_type in whole}
+    return frozenset(
+        node.name for node in graph.node if node.name and all(output in integers for output in node.output)
+    )
 
 
 def _settings(session: Any, device: TorchDevice) -> dict[str, Setting]:
@@ -207,7 +223,9 @@ class OnnxSession:
 
 
 class CpuSession(OnnxSession):
-    """Host memory in, host memory out. `run` with NumPy arrays copies nothing, so there is nothing for a binding to save."""
+    """Host memory in, host memory out. `run` with NumPy arrays copies nothing, so there is nothing for a binding to
+    save.
+    """
 
     def __init__(self, session: Any, bundle: Bundle, placement: Placement, settings: dict[str, Setting]) -> None:
         super().__init__(session, bundle, placement, settings)
@@ -237,8 +255,8 @@ class Bound:
 class CudaSession(OnnxSession):
     """Device memory in, device memory out: without a binding every call would pay two copies that torch doesn't pay.
 
-    The input lies in a torch tensor, prepared by the code that the torch backends use. The output is allocated on the device
-    by onnxruntime at the first run of a binding, as torch allocates its own: before the timed part in both.
+    The input lies in a torch tensor, prepared by the code that the torch backends use. The output is allocated on the
+    device by onnxruntime at the first run of a binding, as torch allocates its own: before the timed part in both.
     """
 
     def __init__(self, session: Any, bundle: Bundle, placement: Placement, settings: dict[str, Setting]) -> None:

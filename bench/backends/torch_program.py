@@ -44,7 +44,8 @@ class TorchProgram:
         # `.to(device)` would move the weights only; this moves the constants and device arguments of the graph as well.
         exported = move_to_device_pass(program, self.device).module(check_guards=False)
         # The exported module checks its input at every call, which the user's own eager module would not do, and its
-        # `.eval()` raises; the same graph in a plain GraphModule does neither. Eval behaviour is fixed in the graph itself.
+        # `.eval()` raises; the same graph in a plain GraphModule does neither. Eval behaviour is fixed in the graph
+        # itself.
         module = torch.fx.GraphModule(exported, exported.graph).eval()
         return TorchSession(module, bundle, self.device, _placement(module, self.device), {})
 

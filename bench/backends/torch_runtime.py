@@ -1,7 +1,7 @@
 """What the runtimes that stand on torch share: threads, arithmetic, the device, and preprocessing on it.
 
-Owns how a raw array becomes the model's input on a device, for the torch backends and for onnxruntime on CUDA alike, so that
-they are timed with the same steps. Knows no file format.
+Owns how a raw array becomes the model's input on a device, for the torch backends and for onnxruntime on CUDA alike, so
+that they are timed with the same steps. Knows no file format.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def torch_unavailable_reason(device: TorchDevice) -> str | None:
         if torch.version.cuda is None:
             return f"torch {torch.__version__} was built without CUDA. Install a CUDA build of torch (see pytorch.org)."
         return (
-            f"torch {torch.__version__} (built for CUDA {torch.version.cuda}) finds no usable GPU although the driver has one. "
-            "Usually the driver is older than this CUDA: update the driver, or install a torch built for an older CUDA."
+            f"torch {torch.__version__} (built for CUDA {torch.version.cuda}) finds no usable GPU although the driver "
+            "has one. Usually the driver is older than this CUDA: update it, or install a torch for an older CUDA."
         )
     return None
 
@@ -55,8 +55,8 @@ def _driver_reason() -> str | None:
         driver = ctypes.CDLL(library)
     except OSError:
         return (
-            f"there is no NVIDIA driver here ({library} can't be loaded). Use a machine with an NVIDIA GPU and its driver; in a "
-            "container, let it see the GPU (docker run --gpus all)."
+            f"there is no NVIDIA driver here ({library} can't be loaded). Use a machine with an NVIDIA GPU and its "
+            "driver; in a container, let it see the GPU (docker run --gpus all)."
         )
     code = int(driver.cuInit(0))
     count = ctypes.c_int(0)
@@ -73,42 +73,34 @@ def _driver_reason() -> str | None:
 def configure_torch(options: Options) -> None:
     """Set this process's torch to the threads and the arithmetic of `options`.
 
-    Only torch's newer switch (`fp32_precision`) is used, here and everywhere: mixed with `allow_tf32` it raises on read.
-    Every leaf is set, because the defaults differ: convolutions use TF32, matrix products do not.
+    Both switches are set, because their defaults differ: convolutions use TF32, matrix products do not. Of torch's two
+    ways to say it this is the older, here and everywhere: after the newer (`fp32_precision`) torch's own reads of the
+    older raise, in torch.export for one (torch 2.14).
     """
     import torch
 
     torch.set_num_threads(options.threads)
-    backends: Any = torch.backends
-    cuda = "ieee" if options.profile is Profile.STRICT else "tf32"
-    backends.cuda.matmul.fp32_precision = cuda
-    backends.cudnn.conv.fp32_precision = cuda
-    backends.cudnn.rnn.fp32_precision = cuda
-    # oneDNN would lower float32 to bf16 on the CPU if told to; no profile asks for that.
-    backends.mkldnn.matmul.fp32_precision = "ieee"
-    backends.mkldnn.conv.fp32_precision = "ieee"
+    tf32 = options.profile is Profile.FAST
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def torch_settings(device: TorchDevice) -> dict[str, Setting]:
     """The settings in effect, read back from torch."""
     import torch
 
-    backends: Any = torch.backends
     settings: dict[str, Setting] = {"torch": torch.__version__, "intra_op_threads": torch.get_num_threads()}
     if device == "cpu":
-        return settings | {
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "mkldnn_matmul_fp32_precision": str(backends.mkldnn.matmul.fp32_precision),
-            "mkldnn_conv_fp32_precision": str(backends.mkldnn.conv.fp32_precision),
-        }
-    return settings | {
-        "device": torch.cuda.get_device_name(),
-        "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-        "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
-        "cuda_matmul_fp32_precision": str(backends.cuda.matmul.fp32_precision),
-        "cudnn_conv_fp32_precision": str(backends.cudnn.conv.fp32_precision),
-    }
+        settings["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    else:
+        cudnn: Any = torch.backends.cudnn
+        settings["device"] = torch.cuda.get_device_name()
+        settings["cuda"] = str(torch.version.cuda)
+        settings["cudnn"] = str(cudnn.version())
+        settings["cudnn_benchmark"] = bool(cudnn.benchmark)
+        settings["cudnn_allow_tf32"] = bool(cudnn.allow_tf32)
+        settings["cuda_matmul_allow_tf32"] = bool(torch.backends.cuda.matmul.allow_tf32)
+    return settings
 
 
 class TorchInput:
@@ -147,7 +139,9 @@ class TorchInput:
             self._torch.cuda.synchronize(self._device)
 
     def _sizes(self, raw: np.ndarray) -> tuple[int, ...]:
-        """The model's input shape without the batch, as the bundle's own NumPy reference resolves it for such a raw array."""
+        """The model's input shape without the batch, as the bundle's own NumPy reference resolves it for such a raw
+        array.
+        """
         key = raw.shape[1:]
         if key not in self._shapes:
             self._shapes[key] = self._preprocessing.apply(raw[:1], self._input_shape).shape[1:]
@@ -155,7 +149,9 @@ class TorchInput:
 
 
 class TorchSession:
-    """A callable torch module on a device. What is particular to a file format is who made the module, and its placement."""
+    """A callable torch module on a device. What is particular to a file format is who made the module, and its
+    placement.
+    """
 
     def __init__(
         self,

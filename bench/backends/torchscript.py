@@ -1,7 +1,7 @@
 """TorchScript: the bundle's traced file, run by torch's own interpreter.
 
-Owns loading that file on the CPU or a GPU. TorchScript is deprecated upstream (torch 2.x warns at every load), but files of it
-are in use, and the C++ runtime needs no Python.
+Owns loading that file on the CPU or a GPU. TorchScript is deprecated upstream (torch 2.x warns at every load), but
+files of it are in use, and the C++ runtime needs no Python.
 """
 
 from __future__ import annotations
@@ -57,14 +57,18 @@ class TorchScript:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the deprecation that the module docstring names
             module = load(str(path), map_location=self.device).eval()
-        return TorchSession(module, bundle, self.device, _placement(module, self.device), {"optimised_for_inference": False})
+        return TorchSession(
+            module, bundle, self.device, _placement(module, self.device), {"optimised_for_inference": False}
+        )
 
 
 def _placement(module: Any, device: TorchDevice) -> Placement:
     """Weights, constants and baked devices of the graph: torch runs an operator where its tensors are."""
     nodes = list(_nodes(module.inlined_graph))
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    tensors += [(f"constant {node.output().debugName()}", value) for node in nodes if (value := _constant(node)) is not None]
+    tensors += [
+        (f"constant {node.output().debugName()}", value) for node in nodes if (value := _constant(node)) is not None
+    ]
     stray = stray_tensors(device, tensors)
     for node in nodes:
         if node.kind() == "prim::Constant" and node.output().type().kind() == "DeviceObjType":

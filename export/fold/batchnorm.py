@@ -72,7 +72,16 @@ def graph_module(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shap
                 f"{name} holds values that are not finite (NaN or infinity). No result would be right: "
                 "use weights from a training that converged."
             )
-    exported = export_program(model, example_inputs, dynamic_shapes).module(check_guards=False)
+    return as_module(export_program(model, example_inputs, dynamic_shapes))
+
+
+def as_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a module that can be traced, pickled and exported again, sharing the program's weights.
+
+    What `ExportedProgram.module` returns can't: its eval() raises, and unpickling asks for the tracer that made it.
+    """
+    exported = program.module(check_guards=False)
+    exported.graph._tracer_cls = None
     return fx.GraphModule(exported, exported.graph)
 
 

@@ -133,9 +133,8 @@ class _Reader:
             if not isinstance(pool, fx.Node) or not self._pool_pair(pool):
                 return Opaque("getitem"), everything
             whole = _rest_applied(pool)
-            return Spatial("max pool", lambda x: whole(x)[0], linear=False, keeps_constants=True), [
-                self.values[pool.args[0]]
-            ]
+            (read,) = pool.all_input_nodes
+            return Spatial("max pool", lambda x: whole(x)[0], linear=False, keeps_constants=True), [self.values[read]]
         target = fx_node.target
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             return Opaque(str(target)), everything
@@ -179,7 +178,8 @@ class _Reader:
         if reason is not None:
             self.kept.append(KeptNorm(name=_name(fx_node), reason=reason))
             return None
-        assert mean is not None and var is not None
+        assert mean is not None
+        assert var is not None
         scale, shift = algebra.affine(self._constant(gamma), self._constant(beta), mean, var, arguments["eps"])
         return Norm(scale, shift), [self.values[x]]
 

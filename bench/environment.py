@@ -1,0 +1,175 @@
+"""The machine and the software that a measurement was made with.
+
+Owns finding out how many CPUs this process may use, and describing CPU, GPUs, memory, load, versions and commit.
+Imports no
+runtime: what a worker's runtime says of itself comes from the worker.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+BUSY_WINDOW_S = 0.3
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as NVML names it."""
+
+    name: str
+    driver: str
+    memory_bytes: int
+    power_limit_w: float | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A machine at one moment. `usable_cpus` respects affinity and cgroup quota; `load_1min` is None on Windows.
+
+    `cpu_busy_percent` is how much of all CPUs the machine used while this process did nothing.
+    """
+
+    platform: str
+    python: str
+    versions: dict[str, str]
+    cpu: str
+    logical_cpus: int
+    physical_cpus: int | None
+    usable_cpus: int
+    memory_bytes: int
+    gpus: tuple[Gpu, ...]
+    load_1min: float | None
+    cpu_busy_percent: float
+    git_commit: str | None
+
+
+def usable_cpus(cgroup_root: Path = CGROUP_ROOT, own_cgroup: Path = OWN_CGROUP) -> int:
+    """How many CPUs this process may use, at least 1: its affinity, cut to the cgroup's CPU quota where it has one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = _cgroup_quotas(cgroup_root, own_cgroup)
+    # Half a CPU of quota still runs one thread; 2.5 run two without being stopped in the middle of a call.
+    return max(1, min([allowed, *(math.floor(quota) for quota in quotas)]))
+
+
+def _cgroup_quotas(root: Path, own: Path) -> list[float]:
+    """The CPU quotas, in CPUs, of the process's cgroup and of all above it, in version 2 and version 1 of cgroups."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    quotas: list[float] = []
+    files: tuple[str, ...]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, files = root, ("cpu.max",)
+        elif "cpu" in controllers.split(","):
+            base, files = root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        else:
+            continue
+        here = base / path.lstrip("/")
+        for folder in (here, *here.parents):
+            if folder.is_relative_to(base) and (quota := _quota(folder, files)) is not None:
+                quotas.append(quota)
+    return quotas
+
+
+def _quota(folder: Path, files: tuple[str, ...]) -> float | None:
+    """Quota over period of one cgroup; None where it has no limit."""
+    try:
+        words = " ".join((folder / name).read_text() for name in files).split()
+    except OSError:
+        return None
+    quota, period = words[:2]
+    if quota == "max" or int(quota) <= 0:
+        return None
+    return int(quota) / int(period)
+
+
+def describe() -> Environment:
+    """Look at the machine. Takes about half a second, and no CPU afterwards."""
+    import cpuinfo
+    import psutil
+
+    versions = {name: metadata.version(name) for name in ("ninefold", "numpy", "scipy")}
+    return Environment(
+        platform=platform.platform(),
+        python=platform.python_version(),
+        versions=versions,
+        cpu=cpuinfo.get_cpu_info().get("brand_raw", platform.processor()),
+        logical_cpus=os.cpu_count() or 1,
+        physical_cpus=psutil.cpu_count(logical=False),
+        usable_cpus=usable_cpus(),
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=_gpus(),
+        load_1min=load_1min(),
+        cpu_busy_percent=cpu_busy_percent(),
+        git_commit=_git_commit(),
+    )
+
+
+def load_1min() -> float | None:
+    """The machine's load average over the last minute; None on Windows, which has none."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def cpu_busy_percent() -> float:
+    """Share of all CPUs in use, in percent, watched for a moment in which this process sleeps."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=BUSY_WINDOW_S))
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver: no NVIDIA GPU that anything could run on
+        return ()
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(
+            Gpu(
+                name=str(pynvml.nvmlDeviceGetName(handle)),
+                driver=driver,
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                power_limit_w=_power_limit_w(handle),
+            )
+            for handle in handles
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _power_limit_w(handle: object) -> float | None:
+    import pynvml
+
+    try:
+        return float(pynvml.nvmlDeviceGetPowerManagementLimit(handle)) / 1000
+    except pynvml.NVMLError:  # not every GPU tells
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with ``-dirty`` if files differ; None for an installed
+    copy.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout that it can read
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,166 @@
+"""Whether a backend's logits are right: a verdict, not a printout.
+
+Owns the comparison with the bundle's oracle (float64 logits of the unfolded model) and the limits of each profile.
+Knows neither backends nor files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.backend import Profile
+from export.bundle import Oracle, Tolerances
+
+# The fast profile's bound where an output is not class scores, so that there are no flips to count: TF32 keeps 10 bits
+# of the significand where float32 keeps 23, so that one rounding is 2^13 times as coarse.
+TF32_ROUNDING = 2.0**13
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An image for which a backend predicts another class than the oracle.
+
+    `margin` is the oracle's logit of its prediction less its second largest: how far the decision was from a tie.
+    `label` is None where the bundle has no labels.
+    """
+
+    image_index: int
+    label: int | None
+    oracle_prediction: int
+    prediction: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class ParityVerdict:
+    """The verdict and everything it rests on.
+
+    Attributes:
+        passed: True where no limit is broken.
+        failures: each limit that is broken, in words; empty where `passed`.
+        images: how many inputs were compared.
+        top1_percent: share of right predictions, in percent; None without labels or where the output is not class
+        scores. oracle_top1_percent: the same for the oracle.
+        flips: every changed prediction, or None where the output is not class scores.
+        max_abs_error: largest absolute difference of a logit from the oracle's; None if a logit is not finite.
+        rms_error: root of the mean squared difference over all logits; None if a logit is not finite.
+        rms_error_in_float32_errors: `rms_error` as a multiple of what float32 torch on the CPU makes of the same model.
+        non_finite: how many logits are NaN or infinite.
+    """
+
+    passed: bool
+    failures: tuple[str, ...]
+    profile: Profile
+    images: int
+    top1_percent: float | None
+    oracle_top1_percent: float | None
+    flips: tuple[Flip, ...] | None
+    max_abs_error: float | None
+    rms_error: float | None
+    rms_error_in_float32_errors: float | None
+    non_finite: int
+
+
+def judge(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile) -> ParityVerdict:
+    """Compare a backend's float32 logits with the oracle's, both [N, …] in the same order of images."""
+    images = len(oracle.logits)
+    if logits.shape != oracle.logits.shape:
+        wrong = f"logits of shape {list(logits.shape)}, the oracle has {list(oracle.logits.shape)}"
+        return ParityVerdict(False, (wrong,), profile, images, None, None, None, None, None, None, 0)
+
+    failures: list[str] = []
+    maximum = rms = multiple = None
+    non_finite = int(np.count_nonzero(~np.isfinite(logits)))
+    if non_finite:
+        failures.append(f"{non_finite} of {logits.size} logits are NaN or infinite")
+    else:
+        error = logits.astype(np.float64) - oracle.logits
+        maximum, rms = float(np.abs(error).max()), float(np.sqrt(np.mean(error**2)))
+        if tolerances.float32_rms_error > 0:
+            multiple = rms / tolerances.float32_rms_error
+
+    flips = top1 = oracle_top1 = None
+    if _are_class_scores(oracle.logits):
+        predictions, truth = logits.argmax(1), oracle.logits.argmax(1)
+        flips = _flips(predictions, truth, oracle)
+        if oracle.labels is not None:
+            top1 = 100 * float(np.mean(predictions == oracle.labels))
+            oracle_top1 = 100 * float(np.mean(truth == oracle.labels))
+
+    if profile is Profile.STRICT:
+        failures += _strict_failures(rms, flips, tolerances)
+    elif flips is not None:
+        failures += _fast_failures(images, flips, top1, oracle_top1, tolerances)
+    elif rms is not None:
+        failures += _rms_failures(rms, tolerances.strict_rms_factor * TF32_ROUNDING, tolerances)
+    return ParityVerdict(
+        not failures,
+        tuple(failures),
+        profile,
+        images,
+        top1,
+        oracle_top1,
+        flips,
+        maximum,
+        rms,
+        multiple,
+        non_finite,
+    )
+
+
+def _are_class_scores(logits: np.ndarray) -> bool:
+    """One row of at least two scores for each image. Anything else has no prediction that could flip."""
+    return logits.ndim == 2 and logits.shape[1] >= 2
+
+
+def _flips(predictions: np.ndarray, truth: np.ndarray, oracle: Oracle) -> tuple[Flip, ...]:
+    changed = np.flatnonzero(predictions != truth)
+    second, first = np.sort(oracle.logits[changed], axis=1)[:, -2:].T
+    return tuple(
+        Flip(
+            image_index=int(index),
+            label=None if oracle.labels is None else int(oracle.labels[index]),
+            oracle_prediction=int(truth[index]),
+            prediction=int(predictions[index]),
+            margin=float(margin),
+        )
+        for index, margin in zip(changed, first - second, strict=True)
+    )
+
+
+def _strict_failures(rms: float | None, flips: tuple[Flip, ...] | None, tolerances: Tolerances) -> list[str]:
+    failures = [] if rms is None else _rms_failures(rms, tolerances.strict_rms_factor, tolerances)
+    decided = [flip for flip in flips or () if flip.margin > tolerances.strict_flip_margin]
+    if decided:
+        widest = max(flip.margin for flip in decided)
+        failures.append(
+            f"{len(decided)} predictions flipped although their margin exceeds {tolerances.strict_flip_margin:g} "
+            f"(the widest: {widest:.3g})"
+        )
+    return failures
+
+
+def _rms_failures(rms: float, factor: float, tolerances: Tolerances) -> list[str]:
+    limit = factor * tolerances.float32_rms_error
+    if rms <= limit:
+        return []
+    return [f"RMS error {rms:.3g} exceeds {limit:.3g}, {factor:g} times that of float32 torch on the CPU"]
+
+
+def _fast_failures(
+    images: int, flips: tuple[Flip, ...], top1: float | None, oracle_top1: float | None, tolerances: Tolerances
+) -> list[str]:
+    failures = []
+    share = 100 * len(flips) / images
+    if share > tolerances.fast_flips_percent:
+        failures.append(
+            f"{len(flips)} of {images} predictions flipped ({share:.2f} %, limit {tolerances.fast_flips_percent} %)"
+        )
+    if top1 is not None and oracle_top1 is not None and abs(top1 - oracle_top1) > tolerances.fast_top1_points + 1e-9:
+        failures.append(
+            f"top-1 is {top1:.2f} %, the oracle's {oracle_top1:.2f} %: "
+            f"further apart than {tolerances.fast_top1_points} points"
+        )
+    return failures

@@ -1,0 +1,221 @@
+"""A result as a person reads it.
+
+Owns the tables and the sentences around them. Computes nothing: every figure is already in the result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.measure import Timing
+from bench.parity import ParityVerdict
+from bench.results import Ratio, Result, Row, SubjectResult
+from bench.statistics import PairedRatio, Spread
+
+FLIPS_SHOWN = 20
+# What a machine that does nothing else uses for itself stays well below.
+BUSY_PERCENT = 10
+# Room for the table where nobody looks at a window: a log or a pipe, for which rich would take 80.
+WIDTH_WITHOUT_TERMINAL = 150
+
+
+def console(stderr: bool = False) -> Console:
+    """A console on stdout (or stderr), as wide as the window, or as the table needs where there is none."""
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = WIDTH_WITHOUT_TERMINAL
+    return made
+
+
+def print_run(result: Result, out: Console) -> None:
+    """The table of a run, its ratios against the control, and what failed or was skipped."""
+    settings, machine = result.settings, result.environment
+    out.print(
+        f"[bold]{escape(result.bundle.name)}[/] (bundle {result.bundle.digest[:12]}), profile {settings.profile}, "
+        f"{settings.threads} threads, {settings.rounds} interleaved rounds of {settings.block_s * 1000:g} ms"
+    )
+    gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
+    out.print(f"{machine.cpu}, {machine.usable_cpus} of {machine.logical_cpus} CPUs{gpus}, {machine.platform}\n")
+    busy = max(machine.cpu_busy_percent, result.cpu_busy_percent_at_end)
+    if busy > BUSY_PERCENT:
+        out.print(
+            f"[yellow]warning[/] other processes used {busy:.0f} % of the CPUs while no backend ran: expect these "
+            "figures to be low and to scatter. Run again on a quiet machine.\n"
+        )
+    if result.rows:
+        out.print(_rows_table(result))
+        out.print(
+            "images/s: median of the rounds ± half their interquartile range. device: the model on prepared input; "
+            "end to end, latency: from raw input\nto logits in host memory. × torch: device throughput over torch's, "
+            "paired by round, with its 95 % bootstrap interval. –: too few samples, or\nnothing to compare with."
+        )
+    if control := [ratio for ratio in result.ratios if ratio.against == "control"]:
+        out.print(_control_table(control))
+    _print_verdicts(result.subjects, out, only_failed=True)
+    _print_absent(result, out)
+
+
+def print_parity(result: Result, out: Console) -> None:
+    """The verdict of every backend, with every flip up to a limit."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in (
+        "backend",
+        "verdict",
+        "images",
+        "top-1 %",
+        "oracle's",
+        "flips",
+        "max error",
+        "RMS error",
+        "× float32's own",
+    ):
+        table.add_column(name, justify="left" if name in ("backend", "verdict") else "right", no_wrap=True)
+    for subject in result.subjects:
+        if (parity := subject.parity) is not None:
+            table.add_row(
+                escape(subject.label),
+                "[green]pass[/]" if parity.passed else "[red]FAIL[/]",
+                f"{parity.images:,}",
+                _number(parity.top1_percent, ".2f"),
+                _number(parity.oracle_top1_percent, ".2f"),
+                _flips(parity),
+                _number(parity.max_abs_error, ".2g"),
+                _number(parity.rms_error, ".2g"),
+                _number(parity.rms_error_in_float32_errors, ".2f"),
+            )
+    out.print(table)
+    _print_verdicts(result.subjects, out, only_failed=False)
+    _print_absent(result, out)
+
+
+def print_backends(reasons: dict[str, str | None], out: Console) -> None:
+    """Every backend: available, or why not and what would fix it."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("backend", no_wrap=True)
+    table.add_column("available", no_wrap=True)
+    table.add_column("why not, and what would fix it")
+    for name, reason in reasons.items():
+        table.add_row(name, "[green]yes[/]" if reason is None else "[red]no[/]", escape(reason or ""))
+    out.print(table)
+
+
+def _rows_table(result: Result) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    right = {"justify": "right", "no_wrap": True}
+    table.add_column("backend", no_wrap=True)
+    for name in (
+        "batch",
+        "images/s\ndevice",
+        "images/s\nend to end",
+        "p50\nms",
+        "p90\nms",
+        "p99\nms",
+        "top-1\n%",
+        "flips",
+        "max\nerror",
+        "× torch\ndevice",
+    ):
+        table.add_column(name, **right)  # type: ignore[arg-type]  # a literal dictionary of keywords
+    subjects = {subject.label: subject for subject in result.subjects}
+    for row in result.rows:
+        subject = subjects[row.subject]
+        if subject.failure is None:
+            table.add_row(*_cells(row, subject, result.ratios))
+    return table
+
+
+def _cells(row: Row, subject: SubjectResult, ratios: Iterable[Ratio]) -> Iterator[str]:
+    failed = subject.parity is not None and not subject.parity.passed
+    yield escape(row.subject) + (" [red]FAIL[/]" if failed else "")
+    yield str(row.batch_size)
+    yield _spread(row.device_resident_throughput_images_per_s)
+    yield _spread(row.end_to_end_throughput_images_per_s)
+    for value in (row.end_to_end_latency_ms.p50, row.end_to_end_latency_ms.p90, row.end_to_end_latency_ms.p99):
+        yield _number(value, ".3g" if (value or 0) < 100 else ".0f")
+    yield "–" if subject.parity is None else _number(subject.parity.top1_percent, ".2f")
+    yield "–" if subject.parity is None else _flips(subject.parity)
+    yield "–" if subject.parity is None else _number(subject.parity.max_abs_error, ".1e")
+    yield _ratio(_find(ratios, "torch", row.subject, row.batch_size, "device_resident"))
+
+
+def _find(ratios: Iterable[Ratio], against: str, subject: str, batch_size: int, timing: Timing) -> PairedRatio | None:
+    key = (against, subject, batch_size, timing)
+    found = (r.throughput_ratio for r in ratios if (r.against, r.numerator, r.batch_size, r.timing) == key)
+    return next(found, None)
+
+
+def _control_table(control: list[Ratio]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="folded against unfolded: throughput, paired by round, 95 % bootstrap interval",
+        title_justify="left",
+    )
+    table.add_column("backend", no_wrap=True)
+    for name in ("batch", "device", "end to end", "rounds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, batch_size in dict.fromkeys((ratio.numerator, ratio.batch_size) for ratio in control):
+        device = _find(control, "control", name, batch_size, "device_resident")
+        whole = _find(control, "control", name, batch_size, "end_to_end")
+        rounds = device.rounds if device else 0
+        table.add_row(name, str(batch_size), _ratio(device, 3), _ratio(whole, 3), str(rounds))
+    return table
+
+
+def _print_verdicts(subjects: Iterable[SubjectResult], out: Console, *, only_failed: bool) -> None:
+    for subject in subjects:
+        parity = subject.parity
+        if parity is None or (only_failed and parity.passed):
+            continue
+        if not parity.passed:
+            reasons = "; ".join(parity.failures)
+            out.print(f"[red]parity FAILED[/] {escape(subject.label)} ({parity.profile}): {escape(reasons)}.")
+        for flip in (parity.flips or ())[:FLIPS_SHOWN]:
+            label = "no label" if flip.label is None else f"label {flip.label}"
+            out.print(
+                f"  {escape(subject.label)}: image {flip.image_index}, {label}: "
+                f"the oracle says {flip.oracle_prediction} by a margin of {flip.margin:.3g}, here {flip.prediction}"
+            )
+        if (more := len(parity.flips or ()) - FLIPS_SHOWN) > 0:
+            out.print(f"  {escape(subject.label)}: {more} more flips")
+
+
+def _print_absent(result: Result, out: Console) -> None:
+    for subject in result.subjects:
+        if subject.failure is not None:
+            out.print(f"[red]{subject.failure.kind}[/] {escape(subject.label)}: {escape(subject.failure.message)}")
+            if subject.failure.trace:
+                out.print(escape(subject.failure.trace), style="dim")
+    by_reason: dict[str, list[str]] = {}
+    for entry in result.skipped:
+        by_reason.setdefault(entry.reason, []).append(entry.backend)
+    for reason, backends in by_reason.items():
+        out.print(f"[dim]skipped {escape(', '.join(backends))}: {escape(reason)}[/]")
+
+
+def _spread(spread: Spread) -> str:
+    half = 50 * (spread.upper_quartile - spread.lower_quartile) / spread.median
+    digits = ",.0f" if spread.median >= 100 else ",.1f"
+    return f"{spread.median:{digits}} ± {half:.1f} %"
+
+
+def _ratio(ratio: PairedRatio | None, digits: int = 2) -> str:
+    if ratio is None:
+        return "–"
+    interval = (
+        "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.{digits}f} to {ratio.high:.{digits}f})"
+    )
+    return f"{ratio.median:.{digits}f}{interval}"
+
+
+def _flips(parity: ParityVerdict) -> str:
+    return "–" if parity.flips is None else str(len(parity.flips))
+
+
+def _number(value: float | None, digits: str) -> str:
+    return "–" if value is None else f"{value:{digits}}"

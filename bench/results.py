@@ -1,0 +1,212 @@
+"""The result of a run as a file: raw samples first, and what was derived from them.
+
+Owns the schema of the JSON, with units in the names of its fields, and writing it whole or not at all. Knows neither
+how the samples were taken nor how they are shown.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from bench.backend import Device, Placement, Profile, Setting
+from bench.environment import Environment
+from bench.errors import EXIT_BAD_INPUT, BenchError
+from bench.measure import Timing
+from bench.parity import ParityVerdict
+from bench.statistics import PairedRatio, Spread
+from bench.worker import FailureKind
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BundleFacts(_Frozen):
+    """Which bundle was measured. `digest` is the SHA-256 of its manifest, which holds the hash of every file."""
+
+    path: str
+    name: str
+    digest: str
+
+
+class FileFacts(_Frozen):
+    """The bundle's file that a backend loaded."""
+
+    path: str
+    sha256: str
+    folded: bool
+    precision: str
+    opset: int | None
+
+
+class Failure(_Frozen):
+    """Why a backend did not finish. `trace` is its traceback, or the last that its process printed."""
+
+    kind: FailureKind
+    message: str
+    trace: str
+
+
+class WarmUpFacts(_Frozen):
+    """What was run before the first timed block."""
+
+    batch_size: int
+    timing: Timing
+    calls: int
+    seconds: float
+
+
+class SubjectResult(_Frozen):
+    """A backend with the file that it ran. `label` is the backend's name, with ``:unfolded`` for the control."""
+
+    label: str
+    backend: str
+    device: Device
+    file: FileFacts | None
+    placement: Placement | None
+    settings: dict[str, Setting]
+    warm_ups: tuple[WarmUpFacts, ...]
+    parity: ParityVerdict | None
+    failure: Failure | None
+
+
+class Sample(_Frozen):
+    """A timed block: calls timed one after the other without a pause, each on `batch_size` images.
+
+    `position` is the place of the block's turn within its round; `quiet_after_s` is how long the runtime's threads kept
+    using the CPU after the turn, which the next turn waited for.
+    """
+
+    subject: str
+    batch_size: int
+    round: int
+    position: int
+    timing: Timing
+    started_at_unix_s: float
+    started_at_monotonic_ns: int
+    durations_ns: tuple[int, ...]
+    quiet_after_s: float
+
+
+class Percentiles(_Frozen):
+    """Order statistics over every call of every round, in ms; None where the samples are too few to have it."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+
+class Row(_Frozen):
+    """What was found for a subject at a batch size. Throughputs are those of the rounds' blocks."""
+
+    subject: str
+    batch_size: int
+    device_resident_throughput_images_per_s: Spread
+    end_to_end_throughput_images_per_s: Spread
+    device_resident_latency_ms: Percentiles
+    end_to_end_latency_ms: Percentiles
+
+
+class Ratio(_Frozen):
+    """Throughput of `numerator` over that of `denominator`, paired by round: above 1, the numerator is faster."""
+
+    against: Literal["torch", "control"]
+    numerator: str
+    denominator: str
+    batch_size: int
+    timing: Timing
+    throughput_ratio: PairedRatio
+
+
+class Skipped(_Frozen):
+    """A backend that nobody named and that can't run here."""
+
+    backend: str
+    reason: str
+
+
+class Settings(_Frozen):
+    """What the run was asked for."""
+
+    profile: Profile
+    threads: int
+    batch_sizes: tuple[int, ...]
+    rounds: int
+    block_s: float
+    timeout_s: float
+
+
+class Result(_Frozen):
+    """The whole file. `rows` and `ratios` can be derived again from `samples`."""
+
+    schema_version: Literal[1]
+    started_at: datetime
+    finished_at: datetime
+    load_1min_at_end: float | None
+    cpu_busy_percent_at_end: float
+    settings: Settings
+    bundle: BundleFacts
+    environment: Environment
+    subjects: tuple[SubjectResult, ...]
+    skipped: tuple[Skipped, ...]
+    samples: tuple[Sample, ...]
+    rows: tuple[Row, ...]
+    ratios: tuple[Ratio, ...]
+
+
+def check_writable(path: Path) -> None:
+    """Find out before anything is measured that a result can be written. Makes the folder. Raises BenchError (bad
+    input).
+    """
+    target = path.resolve()  # the file that a link points to is replaced, not the link
+    if target.exists() and not target.is_file():
+        raise BenchError(
+            f"the result can't be written to {path}: it is not a regular file. Name a file with --json.", EXIT_BAD_INPUT
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise BenchError(
+            f"the result can't be written to {path}: {error.strerror}. Name another place with --json.", EXIT_BAD_INPUT
+        ) from None
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Write the JSON: a reader sees the old file or the new one. Raises BenchError (bad input), the old one intact."""
+    target = path.resolve()
+    scratch = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
+        ) as file:
+            scratch = Path(file.name)
+            file.write(result.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.chmod(0o666 & ~_umask())  # a temporary file is private; a result is like any other file
+        scratch.replace(target)
+    except OSError as error:
+        raise BenchError(
+            f"the result could not be written to {path}: {error.strerror}. What was there before is unchanged; name "
+            "another place with --json.",
+            EXIT_BAD_INPUT,
+        ) from None
+    finally:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,377 @@
+"""A run from beginning to end: choose, load, prove parity, warm up, measure in interleaved rounds.
+
+Owns the order of things and what becomes of a backend that fails. Knows no runtime: it speaks to workers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.backend import BACKENDS, Backend, Options, Placement, Profile, Setting, find_backend
+from bench.environment import cpu_busy_percent, describe, load_1min
+from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.parity import ParityVerdict, judge
+from bench.results import (
+    SCHEMA_VERSION,
+    BundleFacts,
+    Failure,
+    FileFacts,
+    Result,
+    Sample,
+    Settings,
+    Skipped,
+    SubjectResult,
+    WarmUpFacts,
+)
+from bench.summary import CONTROL_SUFFIX, TIMINGS, ratios, rows
+from bench.worker import (
+    BadBundle,
+    Close,
+    Evaluate,
+    Evaluated,
+    Job,
+    Loaded,
+    Measure,
+    Measured,
+    Misplaced,
+    Prepare,
+    Prepared,
+    R,
+    Request,
+    Unavailable,
+    Worker,
+    WorkerFailure,
+)
+from export.bundle import Bundle, BundleError
+
+Progress = Callable[[str, float], None]
+"""Told what is being done and the share of the run that is done (0 to 1)."""
+
+# Any size would do; this one doesn't divide the usual counts of images, so that every backend is judged at two batch
+# sizes.
+PARITY_BATCH_SIZE = 192
+STRAY_NODES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        backends: names, or None for all that are available here (except ``null``).
+        control: also run the unfolded file of each backend that runs a folded one.
+        rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
+        block_s: how long one timed block lasts, in seconds.
+        timeout_s: how long a worker may take for one answer.
+    """
+
+    bundle: Path
+    backends: tuple[str, ...] | None
+    control: bool
+    batch_sizes: tuple[int, ...]
+    rounds: int
+    block_s: float
+    threads: int
+    profile: Profile
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backend with the file it runs."""
+
+    backend: Backend
+    folded: bool
+    control: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.backend.name + (CONTROL_SUFFIX if self.control else "")
+
+
+class _Lane:
+    """A subject's worker and what is known of it so far."""
+
+    def __init__(self, subject: Subject, worker: Worker) -> None:
+        self.subject = subject
+        self.worker = worker
+        self.placement: Placement | None = None
+        self.settings: dict[str, Setting] = {}
+        self.warm_ups: list[WarmUpFacts] = []
+        self.parity: ParityVerdict | None = None
+        self.failure: Failure | None = None
+
+    def ask(self, request: Request, expected: type[R]) -> R | None:
+        """The worker's answer, or None when it failed now: then this lane takes no further part."""
+        try:
+            return self.worker.ask(request, expected)
+        except WorkerFailure as failure:
+            self.fail(failure)
+            return None
+
+    def fail(self, failure: WorkerFailure) -> None:
+        self.worker.kill()
+        self.failure = Failure(kind=failure.kind, message=str(failure), trace=failure.trace)
+
+
+def run(plan: Plan, progress: Progress) -> Result:
+    """Do all of `plan` and return what was found; a failed parity or worker is part of the result, see `exit_code`.
+
+    Raises BenchError where nothing was measured: an unknown or unavailable backend, a bad bundle, a row that would lie.
+    """
+    started_at = datetime.now(UTC)
+    progress("checking the bundle", 0.0)
+    bundle = _open(plan.bundle)
+    subjects, skipped = select(bundle, plan)
+    environment = describe()
+    progress("starting the backends", 0.01)
+    with _workers(plan, subjects) as lanes:
+        skipped += _load(lanes, asked=plan.backends is not None)
+        samples = _prove_and_measure(plan, bundle, lanes, progress)
+        results = tuple(_subject_result(bundle, lane) for lane in lanes)
+        busy_at_end = cpu_busy_percent()
+    progress("done", 1.0)
+    return Result(
+        schema_version=SCHEMA_VERSION,
+        started_at=started_at,
+        finished_at=datetime.now(UTC),
+        load_1min_at_end=load_1min(),
+        cpu_busy_percent_at_end=busy_at_end,
+        settings=Settings(
+            profile=plan.profile,
+            threads=plan.threads,
+            batch_sizes=plan.batch_sizes,
+            rounds=plan.rounds,
+            block_s=plan.block_s,
+            timeout_s=plan.timeout_s,
+        ),
+        bundle=BundleFacts(path=str(plan.bundle), name=bundle.manifest.name, digest=bundle.digest),
+        environment=environment,
+        subjects=results,
+        skipped=tuple(skipped),
+        samples=samples,
+        rows=rows(samples),
+        ratios=ratios(samples, results),
+    )
+
+
+def exit_code(result: Result) -> int:
+    """0, or 1 when a parity failed or a backend did not finish."""
+    failed = any(subject.failure or (subject.parity and not subject.parity.passed) for subject in result.subjects)
+    return EXIT_NEGATIVE if failed else 0
+
+
+def availability(threads: int, timeout_s: float) -> dict[str, str | None]:
+    """Every backend's name with None where it can run here, else why it can't. Each has a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        jobs = [Job(name, reference, None, Options(threads)) for name, reference in BACKENDS.items()]
+        workers = [Worker(job, timeout_s, Path(folder)) for job in jobs]
+        try:
+            return {worker.job.label: _availability(worker) for worker in workers}
+        finally:
+            for worker in workers:
+                worker.kill()
+
+
+def _availability(worker: Worker) -> str | None:
+    try:
+        reply = worker.receive()
+    except WorkerFailure as failure:
+        return f"{failure.kind} while it was tried: {failure}. {failure.trace[-500:]}".strip()
+    return reply.reason if isinstance(reply, Unavailable) else None
+
+
+def _open(path: Path) -> Bundle:
+    """The bundle with every hash checked. Raises BenchError (bad input)."""
+    try:
+        bundle = Bundle.open(path)
+        bundle.verify()
+    except BundleError as error:
+        raise BenchError(str(error), EXIT_BAD_INPUT) from None
+    return bundle
+
+
+def select(bundle: Bundle, plan: Plan) -> tuple[list[Subject], list[Skipped]]:
+    """The subjects of a run, and the backends that nobody named and the bundle has no file for. Raises BenchError."""
+    names = plan.backends or tuple(name for name in BACKENDS if name != "null")
+    subjects: list[Subject] = []
+    skipped: list[Skipped] = []
+    for name in dict.fromkeys(names):
+        backend = find_backend(name)
+        if backend.format is None:
+            subjects.append(Subject(backend, folded=False))
+            continue
+        kinds = {
+            file.folded
+            for file in bundle.manifest.files
+            if (file.format, file.precision) == (backend.format, "float32")
+        }
+        if not kinds:
+            reason = f"the bundle at {bundle.path} has no {backend.format} file. Export it again with that format."
+            if plan.backends is not None:
+                raise BenchError(f"{name}: {reason}", EXIT_BAD_INPUT)
+            skipped.append(Skipped(backend=name, reason=reason))
+            continue
+        subjects.append(Subject(backend, folded=True in kinds))
+        if plan.control and kinds == {True, False}:
+            subjects.append(Subject(backend, folded=False, control=True))
+    if plan.control and not any(subject.control for subject in subjects):
+        chosen = ", ".join(names)
+        raise BenchError(
+            f"--control measures a folded file against its unfolded one, but none of the chosen backends ({chosen}) "
+            "has both in this bundle. Choose onnx-cpu, for example.",
+            EXIT_USAGE,
+        )
+    return subjects, skipped
+
+
+@contextmanager
+def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[_Lane]]:
+    """A started worker for each subject. All load at the same time: nothing is measured yet. However this ends, none is
+    left.
+    """
+    lanes: list[_Lane] = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        try:
+            for subject in subjects:
+                options = Options(plan.threads, plan.profile, subject.folded)
+                job = Job(subject.label, BACKENDS[subject.backend.name], plan.bundle.resolve(), options)
+                lanes.append(_Lane(subject, Worker(job, plan.timeout_s, Path(folder))))
+            yield lanes
+            for lane in lanes:
+                if lane.failure is None:
+                    lane.worker.send(Close())
+            for lane in lanes:
+                lane.worker.join()
+        finally:
+            for lane in lanes:
+                lane.worker.kill()
+
+
+def _load(lanes: list[_Lane], asked: bool) -> list[Skipped]:
+    """Wait until every worker has loaded. Takes those out of `lanes` that can't run here, if nobody asked for them.
+
+    Raises BenchError, after all have answered: unavailable for a backend that was asked for and can't run, and for any
+    whose nodes are not where its name says.
+    """
+    skipped: list[Skipped] = []
+    problems: list[str] = []
+    for lane in list(lanes):
+        label = lane.subject.label
+        try:
+            reply = lane.worker.receive()
+        except WorkerFailure as failure:
+            if asked and failure.loading:
+                problems.append(f"{label} can't load its file here: {failure}")
+            lane.fail(failure)
+            continue
+        if isinstance(reply, Loaded):
+            lane.placement, lane.settings = reply.placement, reply.settings
+        elif isinstance(reply, Misplaced):
+            stray = list(reply.placement.stray)
+            shown = "; ".join(stray[:STRAY_NODES_SHOWN]) + ("; …" if len(stray) > STRAY_NODES_SHOWN else "")
+            problems.append(
+                f"{label} would not run where its name says: {len(stray)} of the model's nodes or tensors are "
+                f"elsewhere ({shown}). Its figures would be those of another device; see bench backends, and check the "
+                "runtime's installation and whether it supports these operators on the device."
+            )
+        elif isinstance(reply, Unavailable):
+            if asked:
+                problems.append(f"{label} is not available: {reply.reason}")
+            else:
+                skipped.append(Skipped(backend=label, reason=reply.reason))
+                lanes.remove(lane)
+                lane.worker.kill()
+        elif isinstance(reply, BadBundle):
+            raise BenchError(reply.message, EXIT_BAD_INPUT)
+    if not lanes:
+        problems = [f"{entry.backend}: {entry.reason}" for entry in skipped]
+    if problems:
+        raise BenchError(" ".join(problems), EXIT_UNAVAILABLE)
+    return skipped
+
+
+def _prove_and_measure(plan: Plan, bundle: Bundle, lanes: list[_Lane], progress: Progress) -> tuple[Sample, ...]:
+    """Parity of every lane, then its warm-ups, then the rounds. One worker at a time does anything."""
+    oracle = bundle.oracle()
+    steps = len(lanes) * (1 + (len(plan.batch_sizes) * (1 + plan.rounds) if plan.rounds else 0))
+    done = 0
+
+    def step(what: str) -> None:
+        nonlocal done
+        progress(what, done / steps)
+        done += 1
+
+    for lane in lanes:
+        step(f"parity of {lane.subject.label}")
+        if lane.failure is not None or lane.subject.backend.format is None:
+            continue
+        evaluated = lane.ask(Evaluate(PARITY_BATCH_SIZE), Evaluated)
+        if evaluated is not None:
+            lane.parity = judge(evaluated.logits, oracle, bundle.manifest.tolerances, plan.profile)
+    if not plan.rounds:
+        return ()
+    for lane in lanes:
+        for batch_size in plan.batch_sizes:
+            step(f"warming up {lane.subject.label}, batch {batch_size}")
+            if lane.failure is None and (prepared := lane.ask(Prepare(batch_size), Prepared)) is not None:
+                lane.warm_ups += [
+                    WarmUpFacts(batch_size=batch_size, timing=timing, calls=warm_up.calls, seconds=warm_up.seconds)
+                    for timing, warm_up in zip(TIMINGS, prepared.warm_ups, strict=True)
+                ]
+    samples: list[Sample] = []
+    for round_ in range(plan.rounds):
+        # Each round starts with the next lane: who follows whom would otherwise favour the same one every time.
+        turns = [lanes[(place + round_) % len(lanes)] for place in range(len(lanes))]
+        for batch_size in plan.batch_sizes:
+            for position, lane in enumerate(turns):
+                step(f"round {round_ + 1} of {plan.rounds}: {lane.subject.label}, batch {batch_size}")
+                if lane.failure is None:
+                    samples += _turn(lane, batch_size, round_, position, plan.block_s)
+    return tuple(samples)
+
+
+def _turn(lane: _Lane, batch_size: int, round_: int, position: int, block_s: float) -> list[Sample]:
+    measured = lane.ask(Measure(batch_size, block_s), Measured)
+    if measured is None:
+        return []
+    return [
+        Sample(
+            subject=lane.subject.label,
+            batch_size=batch_size,
+            round=round_,
+            position=position,
+            timing=block.timing,
+            started_at_unix_s=block.started_at_unix_s,
+            started_at_monotonic_ns=block.started_at_monotonic_ns,
+            durations_ns=block.durations_ns,
+            quiet_after_s=measured.quiet_after_s,
+        )
+        for block in measured.blocks
+    ]
+
+
+def _subject_result(bundle: Bundle, lane: _Lane) -> SubjectResult:
+    backend = lane.subject.backend
+    file = None
+    if backend.format is not None:
+        entry = bundle.entry(backend.format, folded=lane.subject.folded)
+        file = FileFacts(
+            path=entry.path, sha256=entry.sha256, folded=entry.folded, precision=entry.precision, opset=entry.opset
+        )
+    return SubjectResult(
+        label=lane.subject.label,
+        backend=backend.name,
+        device=backend.device,
+        file=file,
+        placement=lane.placement,
+        settings=lane.settings,
+        warm_ups=tuple(lane.warm_ups),
+        parity=lane.parity,
+        failure=lane.failure,
+    )

@@ -1,0 +1,92 @@
+"""Backends that misbehave, for what a healthy machine can't show. Worker processes import this file by its name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.backend import Options, Placement, Session, Setting
+from bench.backends.onnx import CPU, Onnx
+from export.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """onnx-cpu with something done before each run. What a seeded fault changes is the class below it."""
+
+    name: str
+    device: str = "cpu"
+    format: str = "onnx"
+    reason: str | None = None
+
+    def unavailable_reason(self) -> str | None:
+        return self.reason
+
+    def load(self, bundle: Bundle, options: Options) -> Session:
+        return FaultySession(self.name, CPU.load(bundle, options))
+
+
+class FaultySession:
+    def __init__(self, fault: str, session: Session) -> None:
+        self._fault, self._session = fault, session
+
+    def prepare(self, raw: np.ndarray) -> Any:
+        if self._fault == "transposed":
+            raw = np.ascontiguousarray(np.swapaxes(raw, -1, -2))
+        return self._session.prepare(raw)
+
+    def run(self, prepared: Any) -> Any:
+        if self._fault == "crashing":
+            print("the last words of a library", flush=True)
+            os.kill(os.getpid(), signal.SIGABRT)
+        if self._fault == "hanging":
+            time.sleep(600)
+        if self._fault == "raising":
+            raise RuntimeError("no kernel for this operator")
+        return self._session.run(prepared)
+
+    def fetch(self, output: Any) -> np.ndarray:
+        logits = self._session.fetch(output)
+        return np.full_like(logits, np.nan) if self._fault == "nan" else logits
+
+    def placement(self) -> Placement:
+        return self._session.placement()
+
+    def settings(self) -> dict[str, Setting]:
+        return self._session.settings()
+
+    def close(self) -> None:
+        self._session.close()
+
+
+class Unloadable(Faulty):
+    def load(self, bundle: Bundle, options: Options) -> Session:
+        raise RuntimeError("opset 99 is not supported")
+
+
+class DyingAtLoad(Faulty):
+    def load(self, bundle: Bundle, options: Options) -> Session:
+        os._exit(7)
+
+
+class Lying(Onnx):
+    """onnx-cuda that says it is available, as onnxruntime's own list of providers does."""
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+
+CRASHING = Faulty("crashing")
+HANGING = Faulty("hanging")
+RAISING = Faulty("raising")
+TRANSPOSED = Faulty("transposed")
+NAN = Faulty("nan")
+UNAVAILABLE = Faulty("unavailable", reason="there is no such accelerator. Plug one in.")
+UNLOADABLE = Unloadable("unloadable")
+DYING = DyingAtLoad("dying")
+LYING = Lying("cuda")
