@@ -191,7 +191,10 @@ def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs:
         reference = tolerances is None
         logits = truth.run_in_batches(run, inputs if entry.folded or reference else inputs[:CONTROL_IMAGES], whole)
         if tolerances is None:
-            tolerances = Tolerances(float32_rms_error=truth.rms_error(logits, oracle.logits))
+            unit = truth.rms_error(logits, oracle.logits)
+            if not np.isfinite(unit):
+                raise ExportRefused("The unfolded model's float32 logits are not finite: it overflows.")
+            tolerances = Tolerances(float32_rms_error=unit)
         for checked in (logits, truth.run_in_batches(run, inputs[: 3 * odd], odd)):
             problem = truth.strict_failure(checked, oracle, tolerances)
             if problem is not None:

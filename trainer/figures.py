@@ -19,11 +19,11 @@ class Point(Protocol):
     """A point of the curves: an evaluation as `trainer.train` records it."""
 
     @property
-    def iteration(self) -> int: ...  # noqa: D102
+    def iteration(self) -> int: ...
     @property
-    def loss(self) -> float: ...  # noqa: D102
+    def loss(self) -> float: ...
     @property
-    def test_top1(self) -> float: ...  # noqa: D102
+    def test_top1(self) -> float: ...
 
 
 def curves(history: Sequence[Point], path: Path, title: str) -> None:

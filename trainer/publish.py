@@ -29,6 +29,7 @@ def building(target: Path, marker: str) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     staging: Path | None = None
     try:
+        _refuse_foreign(target, marker)  # before the work, and once more after it
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
         staging.chmod(0o755)
@@ -57,13 +58,17 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _swap_in(staging: Path, target: Path, marker: str) -> None:
-    """Put `staging` where `target` is; what `target` was is left at `staging`, or gone."""
+def _refuse_foreign(target: Path, marker: str) -> None:
     if target.is_symlink() or (target.exists() and not (target / marker).exists() and any(target.iterdir())):
         raise UserError(
             f"{target} exists and is not a folder that this command made "
             f"(it has no {marker}). It is left untouched; name another with --out."
         )
+
+
+def _swap_in(staging: Path, target: Path, marker: str) -> None:
+    """Put `staging` where `target` is; what `target` was is left at `staging`, or gone."""
+    _refuse_foreign(target, marker)
     if not target.exists():
         os.rename(staging, target)
     elif not _exchange(staging, target):

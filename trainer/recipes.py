@@ -1,7 +1,7 @@
 """How to train: every number that decides what comes out of a training run.
 
-Owns the recipes. Knows neither torch nor the data: a recipe is plain numbers, read by `trainer.train`. To add one, write
-it here and add it to `RECIPES`.
+Owns the recipes. Knows neither torch nor the data: a recipe is plain numbers, read by `trainer.train`. To add one,
+write it here and add it to `RECIPES`.
 """
 
 from __future__ import annotations

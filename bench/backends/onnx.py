@@ -9,6 +9,7 @@ without a word. What counts is which provider each node was assigned to, which o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -261,7 +262,12 @@ class CudaSession(OnnxSession):
 
     def __init__(self, session: Any, bundle: Bundle, placement: Placement, settings: dict[str, Setting]) -> None:
         super().__init__(session, bundle, placement, settings)
-        self._input = TorchInput(bundle, "cuda")
+        self._bundle = bundle
+
+    @cached_property
+    def _input(self) -> TorchInput:
+        """Made at the first use: a session that fell back to the CPU must first be refused for that, by its placement."""
+        return TorchInput(self._bundle, "cuda")
 
     def prepare(self, raw: np.ndarray) -> Bound:
         import numpy as np

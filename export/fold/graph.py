@@ -26,6 +26,7 @@ class Value:
     Attributes:
         shape: sizes as in the example that the graph was made with, or None where they are not known.
         fixed: for each dimension, whether every input has that size.
+        origin: the source format's value.
         pinned: why it must stay what it is: ``"an input of the network"``, ``"an output of the network"``; else empty.
     """
 
@@ -33,8 +34,14 @@ class Value:
     shape: tuple[int, ...] | None
     fixed: tuple[bool, ...] = ()
     pinned: str = ""
+    origin: object = None
     producer: Node | None = None
     users: list[Node] = field(default_factory=list)
+
+    @property
+    def readers(self) -> list[Node]:
+        """The nodes that look at the elements, and not at the sizes alone."""
+        return [node for node in self.users if not isinstance(node.op, Sizes)]
 
     @property
     def spatial_is_fixed(self) -> bool:
@@ -216,6 +223,11 @@ class Add(Op):
 
     def evaluate(self, *inputs: Tensor) -> Tensor:
         return inputs[0] + inputs[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes(Op):
+    """Looks at sizes alone: a fold may change the elements it gets, but not how many channels there are."""
 
 
 @dataclass(frozen=True, eq=False)

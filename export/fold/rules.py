@@ -49,6 +49,7 @@ from export.fold.graph import (
     Norm,
     Op,
     Opaque,
+    Sizes,
     Spatial,
     Tensor,
     Value,
@@ -244,7 +245,7 @@ def _sinks(value: Value, scale: Tensor, shift: Tensor, plan: _Plan) -> list[_Sin
     def follow(value: Value, scale: Tensor, shift: Tensor, bordered: bool, position: int, width: int) -> None:
         if value.pinned:
             raise _Refused(f"{value.name} is {value.pinned}")
-        for node in dict.fromkeys(value.users):
+        for node in dict.fromkeys(value.readers):
             op = node.op
             if isinstance(op, Layer):  # case 4, and 7 to 9
                 _require_own_weights(node, op)
@@ -385,6 +386,8 @@ def _widen(value: Value, extra: int, passed: set[Node], plan: _Plan) -> None:
     """Note that `value`, and what the passed nodes make of it, has more channels."""
     plan.wider[value] = _channels(value) + extra
     for node in dict.fromkeys(value.users):
+        if isinstance(node.op, Sizes):
+            raise _Refused(f"{node.name} asks for the sizes of {value.name}, which would change")
         if node in passed:
             _require_any_channels(node)
             positions = _channels(node.output) // _channels(value) if isinstance(node.op, Flatten) else 1
@@ -491,12 +494,12 @@ def _as_layer(op: Op) -> Layer:
 
 def _only_for(value: Value, reader: Node) -> Node:
     """The node that makes `value`, if `reader` alone reads it."""
-    others = [node.name for node in value.users if node is not reader]
+    others = [node.name for node in value.readers if node is not reader]
     if value.producer is None or value.pinned:
         raise _Refused(f"{value.name} is {value.pinned or 'not made by the network'}")
     if others:
         raise _Refused(f"{value.name} is also read by {', '.join(others[:3])}")
-    if len(value.users) > 1:
+    if len(value.readers) > 1:
         raise _Refused(f"{reader.name} reads {value.name} twice")
     return value.producer
 
@@ -559,7 +562,7 @@ def _apply(norm: Node, plan: _Plan) -> float:
         value
         for node in part
         for value in node.outputs
-        if value.pinned or any(user not in part for user in value.users)
+        if value.pinned or any(user not in part for user in value.readers)
     ]
     generator = torch.Generator().manual_seed(0)
     feeds = {

@@ -31,6 +31,7 @@ from export.fold.graph import (
     Norm,
     Op,
     Opaque,
+    Sizes,
     Spatial,
     Tensor,
     Value,
@@ -151,7 +152,9 @@ class _Reader:
             case base if base in _CONV_TRANSPOSE:
                 found = self._layer(fx_node, arguments, _CONV_TRANSPOSE[base], transposed=True)
             case "sym_size" if arguments["dim"] % len(fx_node.args[0].meta["val"].shape) != 1:  # type: ignore[union-attr]
-                found = Opaque(name), []  # a size that no fold changes: it does not look at the values
+                found = Opaque(name), []  # a size that no fold changes
+            case "sym_size":
+                found = Sizes(), everything
             case "cat" | "concat":
                 found = self._concat(fx_node, arguments)
             case "add":

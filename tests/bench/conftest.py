@@ -6,20 +6,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.backend import BACKENDS, Profile
-from bench.run import Plan
+from bench.results import Result
+from bench.run import Plan, run
 
-TemperedBundle = Callable[..., Path]
+TamperedBundle = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def bundle_dir() -> Path:
-    return Path("/tmp/bw/bundle")
+    return Path("/tmp/bw/real")
 
 
 @pytest.fixture
@@ -31,40 +33,52 @@ def faulty_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(BACKENDS, name, f"faulty_backends:{name.upper()}")
 
 
-@pytest.fixture
-def tampered(bundle_dir: Path, tmp_path: Path) -> TemperedBundle:
-    """Makes a copy of the bundle with a file rewritten, or the manifest changed, and consistent hashes."""
+@pytest.fixture(scope="session")
+def small_bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real bundle with the first 300 images of its oracle only, so that a test need not wait for 10,000."""
+    from safetensors.numpy import load_file, save_file
 
-    def make(
-        file: str | None = None,
-        rewrite: Callable[[Path], None] | None = None,
-        manifest: Callable[[dict[str, Any]], None] | None = None,
-    ) -> Path:
-        copy = tmp_path / "tampered"
-        shutil.copytree(bundle_dir, copy)
-        fields = json.loads((copy / "bundle.json").read_text())
-        if file is not None and rewrite is not None:
-            rewrite(copy / file)
-            entries = [*fields["files"], fields["oracle"], fields["checkpoint"]]
-            (entry,) = [entry for entry in entries if entry["path"] == file]
-            content = (copy / file).read_bytes()
-            entry["bytes"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
-        if manifest is not None:
-            manifest(fields)
-        (copy / "bundle.json").write_text(json.dumps(fields))
-        return copy
+    def shorten(path: Path) -> None:
+        save_file({name: tensor[:300].copy() for name, tensor in load_file(path).items()}, path)
 
-    return make
+    return tamper(bundle_dir, tmp_path_factory.mktemp("small") / "bundle", "oracle.safetensors", shorten)
 
 
 @pytest.fixture
-def plan(bundle_dir: Path) -> Callable[..., Plan]:
+def tampered(small_bundle: Path, tmp_path: Path) -> TamperedBundle:
+    """Makes a copy of the small bundle with a file rewritten, or the manifest changed, and consistent hashes."""
+    return partial(tamper, small_bundle, tmp_path / "tampered")
+
+
+def tamper(
+    bundle: Path,
+    copy: Path,
+    file: str | None = None,
+    rewrite: Callable[[Path], None] | None = None,
+    manifest: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
+    shutil.copytree(bundle, copy)
+    fields = json.loads((copy / "bundle.json").read_text())
+    if file is not None and rewrite is not None:
+        rewrite(copy / file)
+        entries = [*fields["files"], fields["oracle"], fields["checkpoint"]]
+        (entry,) = [entry for entry in entries if entry["path"] == file]
+        content = (copy / file).read_bytes()
+        entry["bytes"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
+    if manifest is not None:
+        manifest(fields)
+    (copy / "bundle.json").write_text(json.dumps(fields))
+    return copy
+
+
+@pytest.fixture
+def plan(small_bundle: Path) -> Callable[..., Plan]:
     """A small plan: two rounds of short blocks. Keywords replace what it says."""
 
     def make(**changes: Any) -> Plan:
         return Plan(
             **{
-                "bundle": bundle_dir,
+                "bundle": small_bundle,
                 "backends": ("onnx-cpu",),
                 "control": False,
                 "batch_sizes": (1,),
@@ -78,3 +92,22 @@ def plan(bundle_dir: Path) -> Callable[..., Plan]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def result(small_bundle: Path) -> Result:
+    """A real result: onnx-cpu with its control, and null, seven rounds of very short blocks."""
+    return run(
+        Plan(
+            bundle=small_bundle,
+            backends=("onnx-cpu", "null"),
+            control=True,
+            batch_sizes=(1, 8),
+            rounds=7,
+            block_s=0.002,
+            threads=1,
+            profile=Profile.STRICT,
+            timeout_s=60.0,
+        ),
+        lambda what, done: None,
+    )

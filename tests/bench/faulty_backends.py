@@ -17,7 +17,7 @@ from export.bundle import Bundle
 
 @dataclass(frozen=True)
 class Faulty:
-    """onnx-cpu with something done before each run. What a seeded fault changes is the class below it."""
+    """onnx-cpu, wrapped in a session that does what the name says."""
 
     name: str
     device: str = "cpu"
@@ -76,6 +76,10 @@ class DyingAtLoad(Faulty):
 
 class Lying(Onnx):
     """onnx-cuda that says it is available, as onnxruntime's own list of providers does."""
+
+    @property
+    def name(self) -> str:
+        return "lying"
 
     def unavailable_reason(self) -> str | None:
         return None

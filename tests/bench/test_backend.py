@@ -17,8 +17,8 @@ KINDS = [(name, folded) for name in BACKENDS for folded in (True, False)]
 
 
 @pytest.fixture(scope="module")
-def bundle(bundle_dir: Path) -> Bundle:
-    return Bundle.open(bundle_dir)
+def bundle(small_bundle: Path) -> Bundle:
+    return Bundle.open(small_bundle)
 
 
 def cuda_is_there() -> bool:

@@ -48,7 +48,7 @@ def test_one_disturbed_round_does_not_move_it() -> None:
 def test_the_interval_is_the_bootstraps() -> None:
     """The survival times of the treated mice, Efron & Tibshirani, An Introduction to the Bootstrap, table 2.1.
 
-    The bootstrap distribution of the median of seven values is known exactly: the median of a resample is at most the
+    The bootstrap distribution of a median of seven is known exactly: the median of a resample is at most the
     k-th value when at least four of seven draws are among the k smallest.
     """
     mice = sorted([94.0, 197, 16, 38, 99, 141, 23])
@@ -68,7 +68,7 @@ def test_five_rounds_promise_no_interval() -> None:
 
 
 def test_the_interval_covers_the_truth() -> None:
-    """Of 200 series of ten rounds with 3 % noise, 95 % of the intervals should hold the true ratio; allow for chance."""
+    """Of 200 series of ten rounds with 3 % noise, 95 % of the intervals should hold the true ratio, give or take."""
     rng = np.random.default_rng(7)
     held = 0
     for _ in range(200):

@@ -1,0 +1,117 @@
+"""The result file: it survives a round trip, and is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from bench.errors import EXIT_BAD_INPUT, BenchError
+from bench.results import Result, check_writable, write_result
+
+UNITS = ("seconds", "_s", "_ms", "_ns", "_bytes", "_percent", "_w", "_1min", "_at_end")
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_round_trip_changes_nothing(result: Result, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_result(result, path)
+    assert Result.model_validate_json(path.read_bytes()) == result
+    assert leftovers(tmp_path) == ["result.json"]
+    assert not path.stat().st_mode & stat.S_IXUSR
+
+
+def test_an_unknown_field_or_version_is_refused(result: Result) -> None:
+    fields = json.loads(result.model_dump_json())
+    for change in ({"colour": "red"}, {"schema_version": 2}):
+        with pytest.raises(ValueError, match="validation error"):
+            Result.model_validate(fields | change)
+
+
+def test_every_measured_number_has_its_unit_in_its_name() -> None:
+    """Every float field of the schema, at any depth: in its own name, or in the name of the field that holds it."""
+    schema = Result.model_json_schema()
+    definitions = schema["$defs"]
+    without = {"Spread", "Percentiles"}  # the unit stands in the name of the field that holds them
+    dimensionless = {"PairedRatio", "Flip"}
+    verdict = {"max_abs_error", "rms_error", "rms_error_in_float32_errors"}  # in logits
+    for name, definition in definitions.items():
+        if name in without | dimensionless:
+            continue
+        for field, kind in definition.get("properties", {}).items():
+            if "number" in json.dumps(kind) and "object" not in json.dumps(kind) and field not in verdict:
+                assert field.endswith(UNITS), f"{name}.{field}"
+    for holder in ("Spread", "Percentiles"):
+        fields = [
+            field
+            for definition in definitions.values()
+            for field, kind in definition.get("properties", {}).items()
+            if kind.get("$ref", "").endswith("/" + holder)
+        ]
+        assert fields
+        assert all(field.endswith(UNITS) for field in fields)
+
+
+def test_what_is_derived_can_be_derived_again_from_the_file(result: Result) -> None:
+    from bench.summary import ratios, rows
+
+    again = Result.model_validate_json(result.model_dump_json())
+    assert rows(again.samples) == result.rows
+    assert ratios(again.samples, again.subjects) == result.ratios
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("the old one")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BenchError, match="No space left on device") as caught:
+        write_result(result, path)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert path.read_text() == "the old one"
+    assert leftovers(tmp_path) == ["result.json"]
+
+
+def test_a_link_is_followed_not_replaced(result: Result, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "real" / "result.json")
+    check_writable(link)
+    write_result(result, link)
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "result.json").is_file()
+
+
+def place(kind: str, folder: Path) -> Path:
+    (folder / "file").write_text("")
+    (folder / "folder.json").mkdir()
+    return {
+        "under a file": folder / "file" / "result.json",
+        "a folder": folder / "folder.json",
+        "a device": Path("/dev/null"),
+        "nowhere": Path("/proc/nowhere/result.json"),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["under a file", "a folder", "a device", "nowhere"])
+def test_an_unwritable_place_is_told_beforehand(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="--json") as caught:
+        check_writable(place(kind, tmp_path))
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode), "a device was not replaced"
+
+
+def test_a_writable_place_is_left_empty(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "result.json")
+    assert leftovers(tmp_path / "new") == []

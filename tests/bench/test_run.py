@@ -1,0 +1,221 @@
+"""The order of a run, and what becomes of a backend that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import bench.run
+from bench.backend import BACKENDS
+from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.results import Result
+from bench.run import Plan, availability, exit_code, run, select
+from export.bundle import Bundle
+
+pytestmark = pytest.mark.usefixtures("faulty_backends")
+MakePlan = Callable[..., Plan]
+
+
+def go(plan: Plan) -> Result:
+    return run(plan, lambda what, done: None)
+
+
+def refusal(plan: Plan) -> BenchError:
+    """The error that a run ends with before anything is measured; no process is left over."""
+    phases: list[str] = []
+    with pytest.raises(BenchError) as caught:
+        run(plan, lambda what, done: phases.append(what))
+    assert not any(phase.startswith(("parity", "warming", "round")) for phase in phases)
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    return caught.value
+
+
+def test_rounds_are_interleaved_and_rotated(result: Result) -> None:
+    turns = [(s.round, s.batch_size, s.subject) for s in result.samples if s.timing == "end_to_end"]
+    want = []
+    for round_ in range(7):
+        lanes = ["onnx-cpu", "onnx-cpu:unfolded", "null"]
+        lanes = lanes[round_ % 3 :] + lanes[: round_ % 3]
+        want += [(round_, batch_size, lane) for batch_size in (1, 8) for lane in lanes]
+    assert turns == want
+    began = [sample.started_at_monotonic_ns for sample in result.samples]
+    assert began == sorted(began), "one worker at a time"
+    assert exit_code(result) == 0
+
+    onnx, control, null = result.subjects
+    assert onnx.file is not None
+    assert control.file is not None
+    assert (onnx.file.folded, control.file.folded, null.file) == (True, False, None)
+    assert onnx.file.path != control.file.path
+    assert onnx.parity is not None
+    assert onnx.parity.passed
+    assert null.parity is None
+    assert {(ratio.numerator, ratio.denominator, ratio.batch_size, ratio.timing) for ratio in result.ratios} == {
+        ("onnx-cpu", "onnx-cpu:unfolded", batch_size, timing)
+        for batch_size in (1, 8)
+        for timing in ("device_resident", "end_to_end")
+    }
+    assert {warm_up.batch_size for warm_up in onnx.warm_ups} == {1, 8}
+
+
+def test_null_prices_the_harness(plan: MakePlan) -> None:
+    """A call of nothing takes microseconds at most: that much the harness adds to everybody's call."""
+    result = go(plan(backends=("null",), batch_sizes=(256,), rounds=2))
+    (row,) = result.rows
+    assert row.device_resident_latency_ms.p50 is not None
+    assert row.device_resident_latency_ms.p50 < 0.005
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("crashing", "crashed", "SIGABRT"),
+        ("dying", "crashed", "exit code 7"),
+        ("raising", "raised", "no kernel for this operator"),
+        ("hanging", "hung", "no answer within 1 s"),
+    ],
+)
+def test_the_others_finish_when_one_fails(
+    name: str, kind: str, words: str, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = bench.run._load
+
+    def load_and_lose_patience(lanes: list[Any], asked: bool) -> Any:
+        skipped = load(lanes, asked)
+        if name == "hanging":  # loading may take longer than a test wants to wait for a hang
+            lanes[0].worker._timeout_s = 1.0
+        return skipped
+
+    monkeypatch.setattr(bench.run, "_load", load_and_lose_patience)
+    result = go(plan(backends=(name, "onnx-cpu")))
+    bad, good = result.subjects
+    assert bad.failure is not None
+    assert bad.failure.kind == kind
+    assert words in bad.failure.message
+    assert good.failure is None
+    assert [row.subject for row in result.rows] == ["onnx-cpu"]
+    assert exit_code(result) == EXIT_NEGATIVE
+
+
+@pytest.mark.parametrize("name", ["transposed", "nan"])
+def test_a_wrong_answer_is_measured_and_fails(name: str, plan: MakePlan) -> None:
+    result = go(plan(backends=(name,)))
+    (subject,) = result.subjects
+    assert subject.parity is not None
+    assert not subject.parity.passed
+    assert result.rows
+    assert exit_code(result) == EXIT_NEGATIVE
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("unavailable", "Plug one in"),
+        ("unloadable", "opset 99 is not supported"),
+    ],
+)
+def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(name: str, words: str, plan: MakePlan) -> None:
+    error = refusal(plan(backends=("onnx-cpu", name)))
+    assert error.exit_code == EXIT_UNAVAILABLE
+    assert words in str(error)
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the named backends all that there are."""
+
+    def keep(*names: str) -> None:
+        for name in list(BACKENDS):
+            if name not in names:
+                monkeypatch.delitem(BACKENDS, name)
+
+    return keep
+
+
+def test_what_nobody_asked_for_is_skipped_with_its_reason(plan: MakePlan, only: Callable[..., None]) -> None:
+    only("unavailable", "onnx-cpu", "null")
+    result = go(plan(backends=None))
+    assert [subject.label for subject in result.subjects] == ["onnx-cpu"], "null only on request"
+    (skipped,) = result.skipped
+    assert skipped.backend == "unavailable"
+    assert "Plug one in" in skipped.reason
+    assert exit_code(result) == 0
+
+
+def test_a_row_that_would_lie_stops_a_run_that_did_not_ask_for_it(plan: MakePlan, only: Callable[..., None]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    only("lying", "onnx-cpu")
+    error = refusal(plan(backends=None))
+    assert error.exit_code == EXIT_UNAVAILABLE
+    assert "lying would not run where its name says" in str(error)
+
+
+def test_no_backend_at_all_is_an_error(plan: MakePlan, only: Callable[..., None]) -> None:
+    only("unavailable", "null")
+    assert refusal(plan(backends=None)).exit_code == EXIT_UNAVAILABLE
+
+
+def test_an_altered_file_stops_everything(plan: MakePlan, tampered: Callable[..., Path]) -> None:
+    bundle = tampered()
+    path = bundle / "model.ts"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    error = refusal(plan(bundle=bundle))
+    assert error.exit_code == EXIT_BAD_INPUT
+    assert "model.ts was altered" in str(error)
+
+
+def test_a_missing_bundle_is_an_error(plan: MakePlan, tmp_path: Path) -> None:
+    error = refusal(plan(bundle=tmp_path / "none"))
+    assert error.exit_code == EXIT_BAD_INPUT
+    assert "python -m export" in str(error)
+
+
+def test_a_bundle_without_a_format(plan: MakePlan, tampered: Callable[..., Path]) -> None:
+    def drop(manifest: dict[str, Any]) -> None:
+        manifest["files"] = [file for file in manifest["files"] if file["format"] != "torchscript"]
+
+    path = tampered(manifest=drop)
+    bundle = Bundle.open(path)
+    with pytest.raises(BenchError, match="no torchscript file") as caught:
+        select(bundle, plan(backends=("torchscript-cpu",)))
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    subjects, skipped = select(bundle, plan(backends=None))
+    assert "torchscript-cpu" not in [subject.label for subject in subjects]
+    assert "torchscript-cpu" in [entry.backend for entry in skipped]
+
+
+def test_a_control_of_nothing_is_refused(plan: MakePlan, small_bundle: Path) -> None:
+    with pytest.raises(BenchError, match="none of the chosen backends") as caught:
+        select(Bundle.open(small_bundle), plan(backends=("torch-cpu",), control=True))
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_a_bundle_without_labels_has_no_top1(plan: MakePlan, tampered: Callable[..., Path]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    def unlabel(path: Path) -> None:
+        tensors = load_file(path)
+        del tensors["labels"]
+        save_file(tensors, path)
+
+    result = go(plan(bundle=tampered("oracle.safetensors", unlabel), rounds=0))
+    (subject,) = result.subjects
+    assert subject.parity is not None
+    assert subject.parity.passed
+    assert subject.parity.top1_percent is None
+    assert subject.parity.flips == ()
+
+
+def test_availability_asks_each_in_a_process_of_its_own(only: Callable[..., None]) -> None:
+    only("onnx-cpu", "unavailable", "null")
+    found = availability(threads=1, timeout_s=60)
+    assert found == {"onnx-cpu": None, "null": None, "unavailable": "there is no such accelerator. Plug one in."}

@@ -1,0 +1,92 @@
+"""Which samples make which row and ratio."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.backend import Device
+from bench.measure import Timing
+from bench.results import Sample, SubjectResult
+from bench.summary import ratios, rows
+
+
+def sample(subject: str, round_: int, milliseconds: list[float], timing: Timing, batch_size: int = 4) -> Sample:
+    return Sample(
+        subject=subject,
+        batch_size=batch_size,
+        round=round_,
+        position=0,
+        timing=timing,
+        started_at_unix_s=0.0,
+        started_at_monotonic_ns=0,
+        durations_ns=tuple(int(duration * 1e6) for duration in milliseconds),
+        quiet_after_s=0.0,
+    )
+
+
+def both(subject: str, round_: int, device_ms: list[float], whole_ms: list[float]) -> list[Sample]:
+    return [sample(subject, round_, device_ms, "device_resident"), sample(subject, round_, whole_ms, "end_to_end")]
+
+
+def subject(label: str, device: Device) -> SubjectResult:
+    return SubjectResult(
+        label=label,
+        backend=label,
+        device=device,
+        file=None,
+        placement=None,
+        settings={},
+        warm_ups=(),
+        parity=None,
+        failure=None,
+    )
+
+
+def test_a_row_keeps_the_two_timings_apart_and_pools_the_calls() -> None:
+    samples = [
+        *both("a", 0, [1.0, 3.0], [10.0] * 5),
+        *both("a", 1, [1.0, 1.0], [20.0] * 5),
+        *both("a", 2, [4.0], [30.0]),
+    ]
+    (row,) = rows(samples)
+    assert row.device_resident_throughput_images_per_s.median == pytest.approx(4 / 0.002)
+    assert row.end_to_end_throughput_images_per_s.median == pytest.approx(4 / 0.020)
+    assert row.end_to_end_throughput_images_per_s.n == 3
+    # Eleven calls: 10 ms five times, 20 ms five times, 30 ms once. The median of the rounds' medians would say 20 as well,
+    # but their 90th percentiles' mean would not.
+    assert row.end_to_end_latency_ms.p50 == 20
+    assert row.end_to_end_latency_ms.p90 == 20
+    assert row.end_to_end_latency_ms.p99 is None
+    assert row.device_resident_latency_ms.p50 == 1
+
+
+def test_ratios_are_against_torch_on_the_same_device_and_against_the_control() -> None:
+    labels: list[tuple[str, Device]] = [
+        ("torch-cpu", "cpu"),
+        ("onnx-cpu", "cpu"),
+        ("onnx-cpu:unfolded", "cpu"),
+        ("onnx-cuda", "cuda"),
+        ("null", "none"),
+    ]
+    samples = [s for round_ in range(2) for label, _ in labels for s in both(label, round_, [2.0], [4.0])]
+    found = ratios(samples, [subject(*label) for label in labels])
+    assert {(ratio.against, ratio.numerator, ratio.denominator) for ratio in found} == {
+        ("torch", "onnx-cpu", "torch-cpu"),
+        ("torch", "onnx-cpu:unfolded", "torch-cpu"),
+        ("control", "onnx-cpu", "onnx-cpu:unfolded"),
+    }
+    assert {ratio.timing for ratio in found} == {"device_resident", "end_to_end"}
+
+
+def test_a_round_that_only_one_of_two_finished_is_left_out() -> None:
+    """A faster backend means a ratio above 1, and rounds are matched by number, not by position."""
+    samples = [
+        *both("torch-cpu", 0, [8.0], [8.0]),
+        *both("torch-cpu", 1, [16.0], [16.0]),
+        *both("torch-cpu", 2, [32.0], [32.0]),
+        *both("onnx-cpu", 1, [4.0], [8.0]),
+        *both("onnx-cpu", 2, [8.0], [16.0]),
+    ]
+    device, whole = ratios(samples, [subject("torch-cpu", "cpu"), subject("onnx-cpu", "cpu")])
+    assert (device.throughput_ratio.median, device.throughput_ratio.rounds) == (4.0, 2)
+    assert whole.throughput_ratio.median == 2.0
