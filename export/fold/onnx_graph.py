@@ -1,8 +1,8 @@
 """ONNX files: into the vocabulary of `graph`, and back with the folds in them.
 
 Owns what each ONNX operator means for folding (opset 7 and newer) and how a fold is written into the file. Knows no
-rule of folding. A BatchNorm in a function or a subgraph is reported and stays. Names of inputs and outputs, metadata and
-unrelated nodes are not touched.
+rule of folding. A BatchNorm in a function or a subgraph is reported and stays. Names of inputs and outputs, metadata
+and unrelated nodes are not touched.
 """
 
 from __future__ import annotations

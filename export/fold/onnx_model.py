@@ -110,12 +110,18 @@ def _read(model: ir.Model, source: Path) -> tuple[Graph, list[KeptNorm]]:
                 f"{source}: {name} holds values that are not finite (NaN or infinity). Export other weights."
             )
     shapes = _shapes(model)
-    example = {
-        name: tuple(shape)
-        for name, shape in _shapes(_with_sizes(model)).items()
-        if all(isinstance(s, int) for s in shape)
-    }
-    return onnx_graph.read(model, shapes, example)  # type: ignore[arg-type]
+    # What inference can't follow (a shape computed at run time) may be declared, in symbols of the inputs.
+    symbols: dict[int | str | None, int] = {}
+    for value in model.graph.inputs:
+        declared = [size if isinstance(size, int) else size.value for size in value.shape or ()]
+        symbols |= {size: taken for size, taken in zip(declared, sizes(value), strict=True) if isinstance(size, str)}
+    example: dict[str, tuple[int, ...]] = {}
+    for name, shape in (shapes | _shapes(_with_sizes(model))).items():
+        for known in (shape, shapes.get(name, (None,))):
+            if all(isinstance(size, int) or size in symbols for size in known):
+                example[name] = tuple(size if isinstance(size, int) else symbols[size] for size in known)
+                break
+    return onnx_graph.read(model, shapes, example)
 
 
 def _with_sizes(model: ir.Model) -> ir.Model:
