@@ -5,7 +5,6 @@ Owns the tables and the sentences around them. Computes nothing: every figure is
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 
 from rich import box
@@ -21,15 +20,14 @@ from bench.statistics import PairedRatio, Spread
 FLIPS_SHOWN = 20
 # What a machine that does nothing else uses for itself stays well below.
 BUSY_PERCENT = 10
-# Room for the table where nobody looks at a window: a log or a pipe, for which rich would take 80.
-WIDTH_WITHOUT_TERMINAL = 150
+# What the widest table needs. In a narrower window or a log its lines are long; rich would cut figures off instead.
+MIN_WIDTH = 132
 
 
 def console(stderr: bool = False) -> Console:
-    """A console on stdout (or stderr), as wide as the window, or as the table needs where there is none."""
+    """A console on stdout (or stderr), as wide as the window, and never narrower than the table."""
     made = Console(stderr=stderr, highlight=False)
-    if not made.is_terminal and "COLUMNS" not in os.environ:
-        made.width = WIDTH_WITHOUT_TERMINAL
+    made.width = max(made.width, MIN_WIDTH)
     return made
 
 
@@ -51,11 +49,12 @@ def print_run(result: Result, out: Console) -> None:
     if result.rows:
         out.print(_rows_table(result))
         out.print(
-            "images/s: median of the rounds ± half their interquartile range. device: the model on prepared input; "
-            "end to end, latency: from raw input\nto logits in host memory. × torch: device throughput over torch's, "
-            "paired by round, with its 95 % bootstrap interval. –: too few samples, or\nnothing to compare with."
+            "images/s: median of the rounds ± half their interquartile range. device: the model on prepared input.\n"
+            "end to end, and the latency: from raw input to logits in host memory. × torch: device throughput over\n"
+            "torch's, paired by round, with its 95 % bootstrap interval. –: too few samples, or nothing to compare.\n"
         )
     if control := [ratio for ratio in result.ratios if ratio.against == "control"]:
+        out.print("[bold]folded against unfolded[/]: throughput, paired by round, with its 95 % bootstrap interval")
         out.print(_control_table(control))
     _print_verdicts(result.subjects, out, only_failed=True)
     _print_absent(result, out)
@@ -75,12 +74,12 @@ def print_parity(result: Result, out: Console) -> None:
         "RMS error",
         "× float32's own",
     ):
-        table.add_column(name, justify="left" if name in ("backend", "verdict") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("backend", "verdict") else "right", overflow="fold")
     for subject in result.subjects:
         if (parity := subject.parity) is not None:
             table.add_row(
                 escape(subject.label),
-                "[green]pass[/]" if parity.passed else "[red]FAIL[/]",
+                _verdict(parity),
                 f"{parity.images:,}",
                 _number(parity.top1_percent, ".2f"),
                 _number(parity.oracle_top1_percent, ".2f"),
@@ -97,8 +96,8 @@ def print_parity(result: Result, out: Console) -> None:
 def print_backends(reasons: dict[str, str | None], out: Console) -> None:
     """Every backend: available, or why not and what would fix it."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("backend", no_wrap=True)
-    table.add_column("available", no_wrap=True)
+    table.add_column("backend", overflow="fold")
+    table.add_column("available", overflow="fold")
     table.add_column("why not, and what would fix it")
     for name, reason in reasons.items():
         table.add_row(name, "[green]yes[/]" if reason is None else "[red]no[/]", escape(reason or ""))
@@ -107,8 +106,7 @@ def print_backends(reasons: dict[str, str | None], out: Console) -> None:
 
 def _rows_table(result: Result) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    right = {"justify": "right", "no_wrap": True}
-    table.add_column("backend", no_wrap=True)
+    table.add_column("backend", overflow="fold")
     for name in (
         "batch",
         "images/s\ndevice",
@@ -116,12 +114,13 @@ def _rows_table(result: Result) -> Table:
         "p50\nms",
         "p90\nms",
         "p99\nms",
+        "parity",
         "top-1\n%",
         "flips",
         "max\nerror",
         "× torch\ndevice",
     ):
-        table.add_column(name, **right)  # type: ignore[arg-type]  # a literal dictionary of keywords
+        table.add_column(name, justify="right", overflow="fold")
     subjects = {subject.label: subject for subject in result.subjects}
     for row in result.rows:
         subject = subjects[row.subject]
@@ -131,13 +130,13 @@ def _rows_table(result: Result) -> Table:
 
 
 def _cells(row: Row, subject: SubjectResult, ratios: Iterable[Ratio]) -> Iterator[str]:
-    failed = subject.parity is not None and not subject.parity.passed
-    yield escape(row.subject) + (" [red]FAIL[/]" if failed else "")
+    yield escape(row.subject)
     yield str(row.batch_size)
     yield _spread(row.device_resident_throughput_images_per_s)
     yield _spread(row.end_to_end_throughput_images_per_s)
     for value in (row.end_to_end_latency_ms.p50, row.end_to_end_latency_ms.p90, row.end_to_end_latency_ms.p99):
         yield _number(value, ".3g" if (value or 0) < 100 else ".0f")
+    yield "–" if subject.parity is None else _verdict(subject.parity)
     yield "–" if subject.parity is None else _number(subject.parity.top1_percent, ".2f")
     yield "–" if subject.parity is None else _flips(subject.parity)
     yield "–" if subject.parity is None else _number(subject.parity.max_abs_error, ".1e")
@@ -151,14 +150,10 @@ def _find(ratios: Iterable[Ratio], against: str, subject: str, batch_size: int, 
 
 
 def _control_table(control: list[Ratio]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="folded against unfolded: throughput, paired by round, 95 % bootstrap interval",
-        title_justify="left",
-    )
-    table.add_column("backend", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("backend", overflow="fold")
     for name in ("batch", "device", "end to end", "rounds"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for name, batch_size in dict.fromkeys((ratio.numerator, ratio.batch_size) for ratio in control):
         device = _find(control, "control", name, batch_size, "device_resident")
         whole = _find(control, "control", name, batch_size, "end_to_end")
@@ -201,16 +196,19 @@ def _print_absent(result: Result, out: Console) -> None:
 def _spread(spread: Spread) -> str:
     half = 50 * (spread.upper_quartile - spread.lower_quartile) / spread.median
     digits = ",.0f" if spread.median >= 100 else ",.1f"
-    return f"{spread.median:{digits}} ± {half:.1f} %"
+    return f"{spread.median:{digits}} ±{half:.1f}%"
 
 
 def _ratio(ratio: PairedRatio | None, digits: int = 2) -> str:
     if ratio is None:
         return "–"
-    interval = (
-        "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.{digits}f} to {ratio.high:.{digits}f})"
-    )
-    return f"{ratio.median:.{digits}f}{interval}"
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.median:.{digits}f}"
+    return f"{ratio.median:.{digits}f} ({ratio.low:.{digits}f}…{ratio.high:.{digits}f})"
+
+
+def _verdict(parity: ParityVerdict) -> str:
+    return "[green]pass[/]" if parity.passed else "[red]FAIL[/]"
 
 
 def _flips(parity: ParityVerdict) -> str:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 LOG_TAIL_CHARACTERS = 2_000
 CLOSING_S = 5.0
+HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,10 @@ def serve(pipe: Connection, job: Job, log: str) -> None:
 
     Everything that the runtime prints goes to the file `log`, where the parent looks if this process dies.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent decides and ends this process
+    # Ctrl-C reaches the whole process group: the parent decides what it means, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     _redirect_output(log)
     # Read by the runtimes when their libraries load: no pool may be larger than what was asked for.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job.options.threads)
@@ -346,19 +348,19 @@ class Worker:
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Start a child with SIGINT blocked, which it inherits: Ctrl-C during its start would print a traceback from it.
+    """Start a child with SIGINT and SIGTERM blocked, which it inherits until it serves.
 
-    Here the signal is kept, not lost: it arrives when the block ends.
+    A signal in the middle of a start would print a traceback, from the child or from a parent that left it half-started.
+    Here it is kept, not lost: it arrives when the block ends.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     from multiprocessing import resource_tracker
 
-    # multiprocessing starts this helper with the first child and unblocks SIGINT after that: have it running
-    # beforehand.
+    # multiprocessing starts this helper with the first child and then unblocks both: have it running beforehand.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     try:
         yield
     finally:

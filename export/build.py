@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable
 from importlib import metadata
@@ -84,7 +83,7 @@ def up_to_date(target: Path, wanted: str) -> Bundle | None:
     return bundle
 
 
-def build(material: Material, checkpoint: Path, target: Path, strategy: Strategy, say: Callable[[str], None]) -> Bundle:
+def build(material: Material, target: Path, strategy: Strategy, say: Callable[[str], None]) -> Bundle:
     """Make a bundle of `material` and publish it at `target`.
 
     `say` is told of each step. Raises ExportRefused (exit code 1) when a check fails, UserError when the place can't be
@@ -109,7 +108,7 @@ def build(material: Material, checkpoint: Path, target: Path, strategy: Strategy
         with building(target, MANIFEST_NAME) as folder:
             say(f"writing, and computing the float64 oracle of {len(material.raw)} inputs")
             entries = _write_files(folder, material, program, folded.module.float(), example)
-            shutil.copyfile(checkpoint, folder / "checkpoint.safetensors")
+            (folder / "checkpoint.safetensors").write_bytes(material.weights)
             logits = wait_for_logits()
             if not np.isfinite(logits).all():
                 raise ExportRefused("The model's float64 logits are not finite (NaN or infinity) for some inputs.")

@@ -1,24 +1,42 @@
-"""`python -m export`: from a trained checkpoint to a bundle.
+"""`python -m export`: from a trained model to a bundle; `fold` and `explain` for single files.
 
-Owns the command line. The work is done in `build`.
+Owns the command line. The work is done in `build` and `fold`.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from export.fold.report import FoldReport, Strategy
 from trainer.recipes import DEFAULT_RECIPE
 
-from export.fold.report import Strategy
+if TYPE_CHECKING:
+    from export.bundle import Bundle
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+StrategyOption = Annotated[Strategy, typer.Option(help="How a shift gets over a border of zeros.")]
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise typer.BadParameter(
+            f"{text!r} is no shape of one input; expected sizes like 3x224x224, without the batch."
+        )
+    return shape
 
 
 @app.callback(invoke_without_command=True)
 def export(
+    context: typer.Context,
     recipe: Annotated[
         str, typer.Option(help="Whose training folder and bundle are meant by default.")
     ] = DEFAULT_RECIPE,
@@ -27,25 +45,81 @@ def export(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The bundle. Default: artifacts/bundles/RECIPE")] = None,
     data_dir: Annotated[Path, typer.Option(help="Where MNIST lies, or is to be put.")] = Path("data"),
-    strategy: Annotated[Strategy, typer.Option(help="How a shift gets over a border of zeros.")] = "auto",
+    strategy: StrategyOption = "auto",
+    model: Annotated[str | None, typer.Option(help="A model of your own: module:factory.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --model: a safetensors file of its weights.")] = None,
+    input: Annotated[str | None, typer.Option(help="With --model: the shape of one input, e.g. 3x224x224.")] = None,
+    data: Annotated[Path | None, typer.Option(help="With --model: an .npz file of `inputs` and `labels`.")] = None,
 ) -> None:
-    """Export a trained checkpoint as TorchScript and ONNX with every BatchNorm folded, and check every file."""
+    """Export a trained model as TorchScript and ONNX with every BatchNorm folded, and check every file."""
+    if context.invoked_subcommand is not None:
+        return
     start = time.perf_counter()
-    weights = checkpoint or Path("artifacts/training") / recipe / "checkpoint.safetensors"
-    target = out or Path("artifacts/bundles") / recipe
-
     from export import build, source
 
-    described = source.describe(weights)
-    current = build.up_to_date(target, build.fingerprint(described, strategy))
-    if current is not None:
-        print(f"nothing changed: {target} is up to date and every file is as it was published")
-        return
-    material = source.load(weights, described, data_dir)
-    bundle = build.build(material, weights, target, strategy, print)
-    for entry in bundle.manifest.files:
-        print(
-            f"  {entry.path:<20} {entry.bytes:>9,} bytes  "
-            f"{entry.format}, {'folded' if entry.folded else 'unfolded control'}"
-        )
+    if model is not None:
+        if input is None:
+            raise typer.BadParameter("--model needs --input, the shape of one input, for example 3x224x224.")
+        target = out or Path("artifacts/bundles") / model.rpartition(":")[2]
+        material = source.load_own(model, weights, _shape(input), data)
+    else:
+        for name, given in (("--weights", weights), ("--input", input), ("--data", data)):
+            if given is not None:
+                raise typer.BadParameter(f"{name} goes with --model, a model of your own.")
+        path = checkpoint or Path("artifacts/training") / recipe / "checkpoint.safetensors"
+        target = out or Path("artifacts/bundles") / recipe
+        described = source.describe(path)
+        if build.up_to_date(target, build.fingerprint(described, strategy)) is not None:
+            print(f"nothing changed: {target} is up to date and every file is as it was published")
+            return
+        material = source.load(path, described, data_dir)
+    _print_files(build.build(material, target, strategy, print))
     print(f"published {target} in {time.perf_counter() - start:.1f} s")
+
+
+@app.command()
+def fold(
+    file: Annotated[Path, typer.Argument(help="An ONNX file, from anywhere.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folded file.")],
+    strategy: StrategyOption = "auto",
+) -> None:
+    """Fold the BatchNorms of an ONNX file; everything else in it stays as it was."""
+    from export.fold.onnx_model import fold_onnx
+
+    result = fold_onnx(file, out, strategy)
+    _print_report(result.report)
+    if result.difference is None:
+        print(f"onnxruntime does not run {file}, so the outputs were not compared: {result.not_run}")
+    else:
+        print(f"outputs of the two files differ by {result.difference:.1e} (relative, optimisations off)")
+    print(f"wrote {out}")
+
+
+@app.command()
+def explain(
+    place: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_FILE", help="A bundle, or an ONNX file.")],
+    strategy: StrategyOption = "auto",
+) -> None:
+    """Say of each BatchNorm where it stood and what became of it, or, for an ONNX file, would become of it."""
+    if place.is_dir():
+        from export.bundle import Bundle
+
+        _print_report(Bundle.open(place).manifest.fold)
+        return
+    from export.fold.onnx_model import explain_onnx
+
+    _print_report(explain_onnx(place, strategy))
+
+
+def _print_files(bundle: Bundle) -> None:
+    for entry in bundle.manifest.files:
+        kind = "folded" if entry.folded else "unfolded control"
+        print(f"  {entry.path:<20} {entry.bytes:>9,} bytes  {entry.format}, {kind}")
+
+
+def _print_report(report: FoldReport) -> None:
+    for norm in report.folded:
+        print(f"folded {norm.name}: {norm.method}, into {', '.join(norm.into)}; off by {norm.error:.1e} (float64)")
+    for kept in report.kept:
+        print(f"kept   {kept.name}: {kept.reason}")
+    print(f"{len(report.folded)} BatchNorms folded, {len(report.kept)} kept")

@@ -25,7 +25,17 @@ def data_dir() -> Path:
 def training_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training folder of a real, short training: 150 iterations reach about 90 %."""
     folder = tmp_path_factory.mktemp("training") / "article"
-    command = [sys.executable, "-m", "trainer", "--iterations", "150", "--out", str(folder), "--data-dir", str(data_dir)]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "--iterations",
+        "150",
+        "--out",
+        str(folder),
+        "--data-dir",
+        str(data_dir),
+    ]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return folder
 

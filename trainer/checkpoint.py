@@ -92,13 +92,13 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no readable safetensors file ({error}). {_REMEDY}") from error
     if METADATA_KEY not in entries:
-        raise UserError(f"{path} is a safetensors file, but no checkpoint of this project: it lacks its metadata. {_REMEDY}")
+        raise UserError(f"{path} is a safetensors file, but no checkpoint of this project: no metadata. {_REMEDY}")
     try:
         return CheckpointMetadata.model_validate_json(entries[METADATA_KEY])
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{path} has metadata that this version can't read ({place}: {problem['msg']}). {_REMEDY}") from error
+        what = f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        raise UserError(f"{path} has metadata that this version can't read ({what}). {_REMEDY}") from error
 
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], CheckpointMetadata]:

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, UserError, run_app
+from trainer.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, UserError, run_app
 from trainer.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 
 if TYPE_CHECKING:
-    from trainer.mnist import Mnist
     from trainer.train import Evaluation, Interrupted, Trained
 
 TRAINING_DIR = Path("artifacts/training")
@@ -64,16 +63,14 @@ def _known_recipe(name: str) -> str:
 @app.callback(invoke_without_command=True)
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.", callback=_known_recipe)] = DEFAULT_RECIPE,
+    recipe: Annotated[
+        str, typer.Option(help=f"One of: {', '.join(RECIPES)}.", callback=_known_recipe)
+    ] = DEFAULT_RECIPE,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same machine: same bits (CPU).")] = 0,
     device: Annotated[Device, typer.Option(help="auto takes CUDA where it is usable.")] = Device.AUTO,
-    iterations: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the recipe's")
-    ] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the recipe's")] = None,
     precision: Annotated[Precision, typer.Option(help="What the network computes in.")] = Precision.FLOAT32,
-    out: Annotated[
-        Path | None, typer.Option(help="Training folder.", show_default=f"{TRAINING_DIR}/<recipe>")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Training folder.", show_default=f"{TRAINING_DIR}/<recipe>")] = None,
     data_dir: Annotated[Path, typer.Option(help="Where MNIST is, or is put.")] = DATA_DIR,
 ) -> None:
     """Train the article's network on MNIST and save checkpoint, history and figures.
@@ -90,7 +87,9 @@ def train(
 def data(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Where the figure of the first 40 training digits goes.")] = DATA_FIGURE,
-    data_dir: Annotated[Path | None, typer.Option(help="Where MNIST is, or is put.", show_default=str(DATA_DIR))] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where MNIST is, or is put.", show_default=str(DATA_DIR))
+    ] = None,
 ) -> None:
     """Look at MNIST: shapes, one batch, images per class, and a figure of the first 40 training digits."""
     import numpy as np
@@ -124,13 +123,17 @@ def _train(
     from trainer import checkpoint, mnist
     from trainer.publish import building
 
-    with building(out, checkpoint.FILE_NAME) as folder:  # before all else: a place that can't be written is told at once
-        mnist_data = mnist.load(data_dir)
+    # First of all: a place that can't be written is told before the training, not after it.
+    with building(out, checkpoint.FILE_NAME) as folder:
+        try:
+            mnist_data = mnist.load(data_dir)
 
-        # Here, and not before: torch takes seconds to import.
-        from trainer import train as loop
+            # Here, and not before: torch takes seconds to import.
+            from trainer import train as loop
 
-        chosen = loop.choose_device(device)
+            chosen = loop.choose_device(device)
+        except (KeyboardInterrupt, Terminated) as interrupt:
+            raise _nothing_saved(isinstance(interrupt, Terminated), out) from None
         print(f"recipe {recipe.name} ({recipe.summary}), seed {seed}, {precision}, on {chosen}", flush=True)
         try:
             with _progress(recipe, iterations or recipe.iterations) as (note, stepped):
@@ -143,13 +146,13 @@ def _train(
                     precision=precision,
                     watcher=loop.Watcher(note, stepped),
                 )
-        except loop.Interrupted as interrupt:
-            raise _after_interrupt(interrupt, recipe, seed, precision, out) from None
+        except loop.Interrupted as interrupted:
+            raise _after_interrupt(interrupted, recipe, seed, precision, out) from None
         _write(folder, trained, recipe, seed, precision)
         from trainer import figures
 
-        title = f"recipe {recipe.name}, seed {seed}, {precision}: {trained.history[-1].test_top1:.2f} % after {trained.steps} iterations"
-        figures.curves(trained.history, folder / "curves.png", title)
+        reached = f"{trained.history[-1].test_top1:.2f} % after {trained.steps} iterations"
+        figures.curves(trained.history, folder / "curves.png", f"{recipe.name}, seed {seed}, {precision}: {reached}")
         figures.digits(mnist_data.train_images, mnist_data.train_labels, folder / "digits.png")
     _print_result(trained, out)
 
@@ -165,25 +168,34 @@ def _print_result(trained: Trained, out: Path) -> None:
     print(f"saved in {out}")
 
 
-def _after_interrupt(interrupt: Interrupted, recipe: Recipe, seed: int, precision: str, out: Path) -> UserError:
+def _nothing_saved(terminated: bool, out: Path) -> UserError:
+    what, code = _ENDED[terminated]
+    return UserError(f"{what} before the first iteration: nothing was saved, and {out} is as it was.", code)
+
+
+def _after_interrupt(interrupted: Interrupted, recipe: Recipe, seed: int, precision: str, out: Path) -> UserError:
     """Save what an interrupted run has come to beside `out`, and make the paragraph that says so."""
     from trainer.checkpoint import FILE_NAME
     from trainer.publish import building
 
-    what, code = ("terminated", EXIT_TERMINATED) if interrupt.terminated else ("interrupted", EXIT_INTERRUPTED)
-    if interrupt.partial.steps == 0:
-        return UserError(f"{what} before the first iteration: nothing was saved, and {out} is as it was.", code)
-    kept = out.with_name(f"{out.name}.interrupted")
-    # An impatient second Ctrl-C, or the one that nox sends on, must not spoil the saving: it takes a fraction of a second.
+    # An impatient second Ctrl-C, or the SIGTERM that nox sends after the first, must not spoil the saving: it is short.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    partial = interrupted.partial
+    if partial.steps == 0:
+        return _nothing_saved(interrupted.terminated, out)
+    kept = out.with_name(f"{out.name}.interrupted")
     with building(kept, FILE_NAME) as folder:
-        _write(folder, interrupt.partial, recipe, seed, precision)
+        _write(folder, partial, recipe, seed, precision)
+    what, code = _ENDED[interrupted.terminated]
     return UserError(
-        f"{what} after {interrupt.partial.steps} iterations: the weights and the history so far are in {kept}, and "
-        f"{out} is as it was.",
+        f"{what} after {partial.steps} iterations: the weights and the history so far are in {kept}, and {out} is as "
+        "it was.",
         code,
     )
+
+
+_ENDED = {False: ("interrupted", EXIT_INTERRUPTED), True: ("terminated", EXIT_TERMINATED)}
 
 
 def _write(folder: Path, trained: Trained, recipe: Recipe, seed: int, precision: str) -> None:
@@ -249,7 +261,8 @@ def _progress(
         TextColumn("loss {task.fields[loss]}  top-1 {task.fields[top1]}  {task.fields[speed]} images/s  left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # rich would send what is printed to the bar's console, stderr: only where both are the one terminal is that right.
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task("training", total=iterations, loss="-", top1="-", speed="-")
 
         def stepped(iteration: int, evaluation: Evaluation | None) -> None:

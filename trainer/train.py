@@ -11,6 +11,8 @@ channels_last, which the CPU's convolutions take as it is; an evaluation takes E
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from trainer import mnist
 from trainer.errors import Terminated, UserError
@@ -73,7 +76,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told of a run: `note` gets a sentence, `stepped` the iterations done and the evaluation, if there was one."""
+    """Who is told of a run: `note` gets sentences, `stepped` the iterations done and, where there is one, an evaluation."""
 
     note: Callable[[str], None] = field(default=lambda sentence: None)
     stepped: Callable[[int, Evaluation | None], None] = field(default=lambda iteration, evaluation: None)
@@ -120,7 +123,7 @@ def train(
     watcher = watcher or Watcher()
     # TF32 is a choice of the library, not of the recipe. By the newer of torch's two settings: mixing them raises.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
     torch.manual_seed(seed)  # the initial weights, then dropout
     order = torch.Generator().manual_seed(seed)  # of the images; on the CPU, so that it is the same on every device
@@ -132,36 +135,36 @@ def train(
     test_images, test_labels = _on_device(data.test_images, data.test_labels, device)
     loss_of, correct_of = _functions(model, device, precision)
 
-    compile_seconds = 0.0
-    if compiled is None and iterations < COMPILE_FROM_ITERATIONS:
-        watcher.note(f"training eagerly: {iterations} iterations are too few to earn the compilation back")
-    elif compiled is not False:
-        watcher.note("compiling the training step and the evaluation (a minute at most; a few seconds when cached)")
-        began = time.perf_counter()
-        try:
-            loss_of, correct_of = _compile(
-                model, loss_of, correct_of, recipe.batch_size, train_images, train_labels, test_images, test_labels
-            )
-        # Whatever a missing or unfit C++ compiler makes the compiler stack raise; eager training says what else is wrong.
-        except Exception as error:
-            if compiled:
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            watcher.note(f"training eagerly, about three times slower: compiling failed ({type(error).__name__}: {reason})")
-        compile_seconds = time.perf_counter() - began
-
     history: list[Evaluation] = []
     iteration = 0
+    compile_seconds = 0.0
     began = time.perf_counter()
     try:
+        if compiled is None and iterations < COMPILE_FROM_ITERATIONS:
+            watcher.note(f"training eagerly: {iterations} iterations are too few to earn the compilation back")
+        elif compiled is not False:
+            watcher.note("compiling the training step and the evaluation: up to a minute, seconds when done before")
+            try:
+                first = torch.arange(recipe.batch_size, device=device)
+                batch = train_images[first], train_labels[first]
+                loss_of, correct_of = _compile(model, loss_of, correct_of, batch, (test_images, test_labels))
+            # Whatever a missing or unfit C++ compiler makes torch raise; if more is wrong, eager training tells.
+            except Exception as error:
+                if compiled:
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                watcher.note(f"training eagerly, several times slower: compiling failed ({reason})")
+            compile_seconds = time.perf_counter() - began
+
+        began = time.perf_counter()
         model.train()
         while iteration < iterations:
             shuffled = torch.randperm(len(train_labels), generator=order).to(device)
-            for chosen in shuffled.split(recipe.batch_size)[: iterations - iteration]:
+            for chosen in shuffled.split(recipe.batch_size)[: iterations - iteration]:  # type: ignore[no-untyped-call]
                 loss = loss_of(train_images[chosen], train_labels[chosen])
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 iteration += 1
 
                 evaluation = None
@@ -185,11 +188,13 @@ CorrectOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def evaluate(model: Net, correct_of: CorrectOf, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Top-1 in percent, in evaluation mode and without gradients; the model is back in training mode afterwards."""
     model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     with torch.no_grad():
-        batches = zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
-        correct = sum(correct_of(some_images, some_labels) for some_images, some_labels in batches)
+        for start in range(0, len(labels), EVALUATION_BATCH):
+            part = slice(start, start + EVALUATION_BATCH)
+            correct += correct_of(images[part], labels[part])
     model.train()
-    return 100 * int(correct) / len(labels)
+    return 100 * int(correct.item()) / len(labels)
 
 
 def _on_device(images: Any, labels: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,10 +203,13 @@ def _on_device(images: Any, labels: Any, device: torch.device) -> tuple[torch.Te
 
 
 def _functions(model: Net, device: torch.device, precision: str) -> tuple[LossOf, CorrectOf]:
-    bf16 = precision == "bf16"
+    """What a step and an evaluation compute, in the precision asked for."""
+    autocast = precision == "bf16" and _has_bf16_arithmetic(device)
+    if precision == "bf16" and not autocast:
+        _round_operands_to_bf16(model)
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             logits: torch.Tensor = model(images)
         return logits.float()
 
@@ -214,31 +222,104 @@ def _functions(model: Net, device: torch.device, precision: str) -> tuple[LossOf
     return loss_of, correct_of
 
 
+def _has_bf16_arithmetic(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return True
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+class _RoundForward(torch.autograd.Function):
+    """A float32 tensor rounded to bf16's eight significant bits, still as float32; gradients pass as they are."""
+
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return _rounded_to_bf16(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class _RoundBackward(torch.autograd.Function):
+    """The other way round: the tensor passes as it is, its gradient is rounded."""
+
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _rounded_to_bf16(gradient)
+
+
+def _rounded_to_bf16(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 to the nearest bf16, ties to even, as float32: the upper half of the bits, rounded by integer arithmetic.
+
+    Not `.bfloat16().float()`, which the compiler is free to drop, and which it computes more slowly.
+    """
+    bits = tensor.view(torch.int32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000).view(torch.float32)
+
+
+def _round_operands_to_bf16(model: Net) -> None:
+    """Make convolutions and linear layers multiply as bf16 hardware does: operands in bf16, sums in float32.
+
+    For a CPU without bf16 instructions. There torch emulates them in every kernel: compiled training in bf16 is then
+    twice as slow as in float32, while rounding the operands (input, weight, and in the backward pass the incoming
+    gradient) costs little. The weights that are trained, and their names, stay what they are.
+    """
+
+    def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return _back(F.linear(_forth(x), _forth(layer.weight), layer.bias))
+
+    def convolution(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        return _back(F.conv2d(_forth(x), _forth(layer.weight), layer.bias, layer.stride, layer.padding))
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = functools.partial(linear, layer)  # type: ignore[method-assign]
+        elif isinstance(layer, nn.Conv2d):
+            layer.forward = functools.partial(convolution, layer)  # type: ignore[method-assign]
+
+
+def _forth(tensor: torch.Tensor) -> torch.Tensor:
+    rounded: torch.Tensor = _RoundForward.apply(tensor)
+    return rounded
+
+
+def _back(tensor: torch.Tensor) -> torch.Tensor:
+    rounded: torch.Tensor = _RoundBackward.apply(tensor)
+    return rounded
+
+
 def _compile(
     model: Net,
     loss_of: LossOf,
     correct_of: CorrectOf,
-    batch_size: int,
-    train_images: torch.Tensor,
-    train_labels: torch.Tensor,
-    test_images: torch.Tensor,
-    test_labels: torch.Tensor,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    test: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[LossOf, CorrectOf]:
     """Both functions compiled, now rather than at their first call, and the model as it was before.
 
-    Compiling happens when a function first runs (its backward at the first backward), so they run once, on real shapes;
-    what that leaves behind is taken back: BatchNorm's statistics, gradients and the random streams.
+    A function is compiled when it first runs (its backward at the first backward), so both run once, on the shapes that
+    they will get; what that leaves behind is taken back: BatchNorm's statistics, gradients and the random streams.
     """
     fast_loss_of: LossOf = torch.compile(loss_of, dynamic=False)
     fast_correct_of: CorrectOf = torch.compile(correct_of, dynamic=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cuda_devices = [batch[0].device] if batch[0].is_cuda else []
+    log = logging.getLogger("torch.utils.cpp_extension")  # it warns of CUDA's absence where nobody asked for CUDA
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(cuda_devices):
             model.train()
-            fast_loss_of(train_images[:batch_size].clone(), train_labels[:batch_size].clone()).backward()
-            evaluate(model, fast_correct_of, test_images[:EVALUATION_BATCH], test_labels[:EVALUATION_BATCH])
+            fast_loss_of(*batch).backward()  # type: ignore[no-untyped-call]
+            evaluate(model, fast_correct_of, test[0][:EVALUATION_BATCH], test[1][:EVALUATION_BATCH])
     finally:
+        log.setLevel(level)
         model.load_state_dict(before)
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
         model.train()
     return fast_loss_of, fast_correct_of

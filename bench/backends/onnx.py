@@ -266,7 +266,7 @@ class CudaSession(OnnxSession):
 
     @cached_property
     def _input(self) -> TorchInput:
-        """Made at the first use: a session that fell back to the CPU must first be refused for that, by its placement."""
+        """Made at the first use: a session that fell back to the CPU is to be refused by its placement."""
         return TorchInput(self._bundle, "cuda")
 
     def prepare(self, raw: np.ndarray) -> Bound:

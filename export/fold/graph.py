@@ -187,6 +187,7 @@ class Spatial(Op):
         linear: f(a x) = a f(x) for every a. Otherwise f is a maximum, and that holds for a ≥ 0 alone.
         keeps_constants: f(x + s) = f(x) + s. Not so where zeros are read or written at the border.
         any_channels: it takes one more channel as it is; a reshape to fixed sizes does not.
+        stands_in: `function` commutes as the real one does but is not the same, so its numbers may not get into a file.
     """
 
     label: str
@@ -194,6 +195,7 @@ class Spatial(Op):
     linear: bool
     keeps_constants: bool
     any_channels: bool = True
+    stands_in: bool = False
 
     def evaluate(self, *inputs: Tensor) -> Tensor:
         return self.function(inputs[0])

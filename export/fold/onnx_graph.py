@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
 
 from export.fold import algebra
 from export.fold.graph import (
@@ -58,6 +60,12 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "Cos": torch.cos,
 }
 _BATCHNORM = "BatchNormalization"
+_ARITHMETIC = {
+    "Cast", "Concat", "ConstantOfShape", "Slice", "Transpose", "Reshape", "Gather", "Unsqueeze", "Squeeze", "Add",
+    "Sub", "Mul", "Div", "Shape", "Range", "Expand",
+}  # fmt: skip
+_MOST_ELEMENTS = 1000
+"""Constants computed while the network runs are followed up to this size: paddings and shapes, not weights."""
 
 
 def read(model: ir.Model, shapes: Shapes, example: dict[str, tuple[int, ...]]) -> tuple[Graph, list[KeptNorm]]:
@@ -91,6 +99,8 @@ class _Reader:
         self.shapes, self.example = shapes, example
         self.opset = model.graph.opset_imports.get("", 0)
         self.values: dict[ir.Value, Value] = {}
+        self.arrays: dict[ir.Value, np.ndarray | None] = {}
+        self.doubtful: set[ir.Value | None] = set()  # sizes on which shape inference and runtimes differ
         self.kept: list[KeptNorm] = []
         self.absorbed: set[ir.Node] = set()  # nodes that are part of another one's operation
         for value in model.graph.inputs:
@@ -104,19 +114,50 @@ class _Reader:
         if value not in self.values:
             name = value.name or ""
             declared = self.shapes.get(name)
-            fixed = tuple(isinstance(size, int) for size in declared) if declared is not None else ()
+            example = self.example.get(name, ())
+            if declared is None or value in self.doubtful:
+                declared = (None,) * len(example)
+            fixed = tuple(isinstance(size, int) for size in declared)
             self.values[value] = Value(name, self.example.get(name), fixed, origin=value)
         return self.values[value]
 
     def node(self, ir_node: ir.Node) -> Node | None:
         if ir_node in self.absorbed or (ir_node.op_type == "Constant" and ir_node.domain == ""):
             return None
+        if self._rounds_up(ir_node) or any(value in self.doubtful for value in ir_node.inputs):
+            self.doubtful |= set(ir_node.outputs)
         op, read, outputs, origin = self._operation(ir_node)
+        if not isinstance(op, Opaque | Sizes):
+            self._infer(op, read, list(ir_node.outputs) if outputs is None else outputs)
         for output in ir_node.outputs if outputs is None else outputs:
             if output in self.outputs:
                 self._value(output).pinned = "an output of the network"
         outputs = list(ir_node.outputs) if outputs is None else outputs
         return Node(_name(ir_node), op, [self._value(v) for v in read], [self._value(v) for v in outputs], origin)
+
+    def _rounds_up(self, node: ir.Node) -> bool:
+        """Whether the node pools over a padded border with ceil_mode.
+
+        Some count a last window that lies in the padding alone, as ONNX's shape inference does, and some don't, as
+        torch and onnxruntime.
+        """
+        return (
+            node.op_type in ("MaxPool", "AveragePool")
+            and bool(_int(node, "ceil_mode", 0))
+            and any(_ints(node, "pads", []))
+        )
+
+    def _infer(self, op: Op, read: list[ir.Value], outputs: list[ir.Value]) -> None:
+        """Sizes that shape inference did not find, behind a padding that is computed, say."""
+        name = outputs[0].name or ""
+        inputs = [self.example.get(value.name or "") for value in read]
+        if name in self.example or any(shape is None for shape in inputs):
+            return
+        result = tuple(op.evaluate(*(torch.zeros(shape or (), dtype=torch.float64) for shape in inputs)).shape)
+        declared = [self.shapes.get(value.name or "", (None,)) for value in read]
+        fixed = all(isinstance(size, int) for sizes in declared for size in sizes[1:])
+        self.example[name] = result
+        self.shapes[name] = (declared[0][0], *result[1:]) if fixed else (None,) * len(result)
 
     def _operation(self, node: ir.Node) -> tuple[Op, list[ir.Value], list[ir.Value] | None, tuple[ir.Node, ...]]:
         """The operation, the values it reads and makes (None: the node's own), and the ONNX nodes it stands for."""
@@ -141,7 +182,7 @@ class _Reader:
             if first is not None and second is not None and self._same_shape(first, second):
                 return Add(), [first, second], None, (node,)
             return opaque
-        x = node.inputs[0] if node.inputs else None
+        x = node.inputs[0] if len(node.inputs) else None
         if node.op_type == "Shape" and x is not None and self._flows(x):
             return Sizes(), [x], None, (node,)
         # A shape may be computed while the network runs; every other operand must be constant.
@@ -179,10 +220,40 @@ class _Reader:
 
     def _array(self, value: ir.Value | None) -> np.ndarray | None:
         """A constant's elements: an initializer that no caller can override, or a Constant node's value."""
+        # Exporters that store equal tensors once hand them on through Identity.
+        while value is not None and (producer := value.producer()) is not None and producer.op_type == "Identity":
+            value = producer.inputs[0]
         if value is None or value.is_graph_input():
             return None
-        tensor = ir.convenience.get_const_tensor(value)
-        return None if tensor is None else np.asarray(tensor.numpy())
+        if value not in self.arrays:
+            tensor = ir.convenience.get_const_tensor(value)
+            self.arrays[value] = self._computed(value) if tensor is None else np.asarray(tensor.numpy())
+        return self.arrays[value]
+
+    def _computed(self, value: ir.Value) -> np.ndarray | None:
+        """What a short chain of operations on constants makes: exporters compute paddings and shapes like that."""
+        node = value.producer()
+        if node is None or node.domain or not node.inputs or node.op_type not in _ARITHMETIC or len(node.outputs) != 1:
+            return None
+        arrays = [None if v is None else self._array(v) for v in node.inputs]
+        if any(a is None and v is not None for a, v in zip(arrays, node.inputs, strict=True)):
+            return None
+        if sum(a.size for a in arrays if a is not None) > _MOST_ELEMENTS:
+            return None
+        names = [f"i{index}" if v is not None else "" for index, v in enumerate(node.inputs)]
+        proto = ir.to_proto(node)
+        del proto.input[:], proto.output[:]
+        proto.input.extend(names)
+        proto.output.append("o")
+        feeds = {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in feeds.items()
+        ]
+        graph = helper.make_graph([proto], "constant", inputs, [helper.make_empty_tensor_value_info("o")])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
+        (result,) = list(ReferenceEvaluator(model).run(None, feeds))
+        return np.asarray(result)
 
     def _floats(self, value: ir.Value | None) -> Tensor | None:
         array = self._array(value)
@@ -444,6 +515,16 @@ class _Reader:
         array = self._array(_maybe(node, 1))
         return [] if array is None else [int(axis) for axis in array.reshape(-1)]
 
+    def _resize(self, node: ir.Node) -> Op | None:
+        """Interpolation with weights that sum to 1. Where it samples is not read, so torch's stands in for it."""
+        before, after = self.example.get(_input(node, 0).name or ""), self.example.get(node.outputs[0].name or "")
+        if before is None or after is None or before[:2] != after[:2] or len(before) not in (3, 4, 5):
+            return None
+        if _string(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
+            return None  # beyond the border stands another constant
+        sizes = after[2:]
+        return Spatial("Resize", lambda x: F.interpolate(x, sizes), linear=True, keeps_constants=True, stands_in=True)
+
     def _pad(self, node: ir.Node) -> Op | None:
         rank = self._rank(_input(node, 0))
         if self.opset < 11:
@@ -470,7 +551,8 @@ class _Reader:
         return Spatial(f"{mode} pad", lambda x: F.pad(x, flat, mode), linear=True, keeps_constants=mode != "constant")
 
     def _flatten(self, node: ir.Node) -> Op | None:
-        return self._reshaped(node, any_channels=True) if _int(node, "axis", 1) == 1 else None
+        sizes = self.shapes.get(_input(node, 0).name or "", (None, None))
+        return Flatten() if _int(node, "axis", 1) == 1 and all(isinstance(size, int) for size in sizes[1:]) else None
 
     def _reshape(self, node: ir.Node) -> Op | None:
         target = self._array(_maybe(node, 1))
@@ -531,6 +613,8 @@ _OF_ONE_VALUE: dict[str, Callable[[_Reader, ir.Node], Op | None]] = {
     "GlobalAveragePool": _Reader._globalaveragepool,
     "GlobalMaxPool": _Reader._globalmaxpool,
     "ReduceMean": _Reader._reducemean,
+    "Resize": _Reader._resize,
+    "Upsample": _Reader._resize,
     "Pad": _Reader._pad,
     "Flatten": _Reader._flatten,
     "Reshape": _Reader._reshape,
@@ -582,6 +666,22 @@ def _string(node: ir.Node, name: str, default: str) -> str:
 
 def _ints(node: ir.Node, name: str, default: list[int]) -> list[int]:
     return list(node.attributes[name].as_ints()) if name in node.attributes else default
+
+
+def _dtype(value: ir.Value) -> ir.DataType | None:
+    """The value's type, or that of the first floating-point value on the way back that states its own."""
+    pending, seen = [value], set()
+    while pending:
+        current = pending.pop()
+        constant = ir.convenience.get_const_tensor(current)
+        dtype = current.dtype or (constant.dtype if constant is not None else None)
+        if dtype is not None and dtype.is_floating_point():
+            return dtype
+        producer = current.producer()
+        if producer is not None and producer not in seen:
+            seen.add(producer)
+            pending += [v for v in producer.inputs if v is not None]
+    return None
 
 
 # -- back to ONNX ----------------------------------------------------------------------------------------------------
@@ -645,8 +745,8 @@ class _Writer:
         output = after.is_graph_output()
         ir.convenience.replace_all_uses_with(after, before, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
-        if output:
-            before.name = name  # the network's output keeps its name
+        if output:  # the network's output keeps its name and its declaration
+            before.name, before.type, before.shape = name, after.type, after.shape
             before.metadata_props.update(after.metadata_props)
 
     def _layer(self, origin: tuple[ir.Node, ...], op: Layer) -> None:
@@ -709,7 +809,7 @@ class _Writer:
 
     def _clamp(self, node: ir.Node, op: Clamp, rank: int) -> None:
         """A maximum, and a minimum where there is one, in the place of a ReLU."""
-        like = node.outputs[0].dtype or _input(node, 0).dtype
+        like = _dtype(_input(node, 0))
         wanted = [(t, b) for t, b in (("Max", op.low), ("Min", op.high)) if torch.isfinite(b).any()]
         last = node
         for op_type, bound in wanted:

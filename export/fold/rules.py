@@ -414,6 +414,9 @@ def _bias_map(norm: Node) -> _Plan:
         if value.producer not in plan.passed
     }
     feeds[norm.outputs[0]] = shift
+    for node in plan.passed:
+        if isinstance(node.op, Spatial) and node.op.stands_in and len(needy):
+            raise _Refused(f"what {node.name} ({node.op.label}) makes of a shift is not known to the last digit")
     for node, layer in needy.items():
         (arriving,) = evaluate(node.inputs, feeds)
         response = replace(layer, weight=layer.weight.detach().double().cpu(), bias=None).evaluate(arriving)[0]

@@ -9,14 +9,14 @@ from rich.console import Console
 
 from bench.backend import Profile
 from bench.parity import Flip, ParityVerdict
-from bench.report import FLIPS_SHOWN, print_backends, print_parity, print_run
+from bench.report import FLIPS_SHOWN, MIN_WIDTH, print_backends, print_parity, print_run
 from bench.results import Failure, Result, Skipped
 
 
 def shown(what: object, printer: object) -> str:
     text = io.StringIO()
     assert callable(printer)
-    printer(what, Console(file=text, width=150, highlight=False))
+    printer(what, Console(file=text, width=MIN_WIDTH, highlight=False))
     return text.getvalue()
 
 
@@ -43,7 +43,19 @@ def failed(result: Result) -> Result:
 
 def test_a_run_has_every_column(result: Result) -> None:
     text = shown(result, print_run)
-    for words in ("images/s", "device", "end to end", "p50", "p90", "p99", "top-1", "flips", "max", "× torch"):
+    for words in (
+        "images/s",
+        "device",
+        "end to end",
+        "p50",
+        "p90",
+        "p99",
+        "parity",
+        "top-1",
+        "flips",
+        "max",
+        "× torch",
+    ):
         assert words in text
     rows = [line.split() for line in text.splitlines() if line.strip().startswith(("onnx-cpu ", "null "))]
     assert [(row[0], row[1]) for row in rows[:4]] == [
@@ -53,18 +65,18 @@ def test_a_run_has_every_column(result: Result) -> None:
         ("null", "8"),
     ]
     assert result.bundle.digest[:12] in text
-    assert max(len(line) for line in text.splitlines()) <= 150
+    assert max(len(line) for line in text.splitlines()) <= MIN_WIDTH
 
 
 def test_the_control_has_its_ratio_and_interval(result: Result) -> None:
     text = shown(result, print_run)
     ratio = next(r for r in result.ratios if r.batch_size == 8 and r.timing == "device_resident").throughput_ratio
-    assert f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" in text
+    assert f"{ratio.median:.3f} ({ratio.low:.3f}…{ratio.high:.3f})" in text
 
 
 def test_failures_are_named_and_the_table_still_there(failed: Result) -> None:
     text = shown(failed, print_run)
-    assert "onnx-cpu FAIL" in text
+    assert [line.split()[-6] for line in text.splitlines() if line.strip().startswith("onnx-cpu  ")][0] == "FAIL"
     assert "parity FAILED onnx-cpu (strict): 23 predictions flipped." in text
     assert "image 0, label 7: the oracle says 7 by a margin of 0.25, here 1" in text
     assert "3 more flips" in text

@@ -52,8 +52,7 @@ def test_a_row_keeps_the_two_timings_apart_and_pools_the_calls() -> None:
     assert row.device_resident_throughput_images_per_s.median == pytest.approx(4 / 0.002)
     assert row.end_to_end_throughput_images_per_s.median == pytest.approx(4 / 0.020)
     assert row.end_to_end_throughput_images_per_s.n == 3
-    # Eleven calls: 10 ms five times, 20 ms five times, 30 ms once. The median of the rounds' medians would say 20 as well,
-    # but their 90th percentiles' mean would not.
+    # Eleven calls: 10 ms five times, 20 ms five times, 30 ms once. The mean of the rounds' percentiles would not do.
     assert row.end_to_end_latency_ms.p50 == 20
     assert row.end_to_end_latency_ms.p90 == 20
     assert row.end_to_end_latency_ms.p99 is None

@@ -1,10 +1,10 @@
 """Throughput of every available backend, end to end, for pytest-benchmark to store and compare.
 
-`pytest --benchmark-only` runs these; a plain `pytest` skips them. The bundle is the one in `artifacts/`, if it has been
-exported, else the shortly trained one of the tests: the figures are the same, since time doesn't depend on the weights.
+`pytest --benchmark-only` runs these; a plain `pytest` skips them. The bundle is the one in `artifacts/`, if it was
+exported, else the shortly trained one of the tests: time doesn't depend on the weights.
 
-In one process and without interleaving, so two backends of one run are not compared fairly here: that is what `bench run`
-is for. The same backend before and after a change is.
+All in one process and without interleaving: right for one backend before and after a change. To compare backends with
+each other there is `bench run`.
 """
 
 from __future__ import annotations

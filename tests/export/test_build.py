@@ -24,9 +24,9 @@ def material(training_dir: Path, data_dir: Path) -> Material:
     return replace(whole, raw=whole.raw[:600], labels=whole.labels[:600])
 
 
-def refuse(material: Material, training_dir: Path, tmp_path: Path) -> str:
+def refuse(material: Material, tmp_path: Path) -> str:
     with pytest.raises(ExportRefused) as refused:
-        build.build(material, training_dir / "checkpoint.safetensors", tmp_path / "bundle", "auto", lambda line: None)
+        build.build(material, tmp_path / "bundle", "auto", lambda line: None)
     assert refused.value.exit_code == 1
     assert "Nothing was published" in str(refused.value)
     assert list(tmp_path.iterdir()) == []
@@ -46,22 +46,18 @@ def spoiled(write: Callable[..., Any], alter: Callable[[torch.nn.Module], None])
     return altered
 
 
-def test_one_wrong_weight_in_a_file(
-    material: Material, training_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_wrong_weight_in_a_file(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from export.formats import torchscript
 
     def alter(module: torch.nn.Module) -> None:
         next(module.parameters()).data.view(-1)[0] += 1e-2
 
     monkeypatch.setattr(torchscript, "write", spoiled(torchscript.write, alter))
-    message = refuse(material, training_dir, tmp_path)
+    message = refuse(material, tmp_path)
     assert "model.ts is not right" in message or "model.unfolded.ts is not right" in message
 
 
-def test_a_file_made_for_one_batch_size(
-    material: Material, training_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_made_for_one_batch_size(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A traced view that baked the batch in must not get out."""
     from export.formats import torchscript
 
@@ -75,35 +71,35 @@ def test_a_file_made_for_one_batch_size(
             return result
 
     real = torchscript.write
-    monkeypatch.setattr(torchscript, "write", lambda module, example, path: real(Baked(module, len(example)), example, path))
+    monkeypatch.setattr(
+        torchscript, "write", lambda module, example, path: real(Baked(module, len(example)), example, path)
+    )
     with pytest.raises(RuntimeError, match="invalid for input of size"):
-        build.build(material, training_dir / "checkpoint.safetensors", tmp_path / "bundle", "auto", lambda line: None)
+        build.build(material, tmp_path / "bundle", "auto", lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batchnorm_left_in_a_folded_file(
-    material: Material, training_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batchnorm_left_in_a_folded_file(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from export.formats import torchscript
 
     real = torchscript.write
     monkeypatch.setattr(torchscript, "write", lambda module, example, path: real(material.module, example, path))
-    assert "model.ts holds 3 BatchNorms, the fold report keeps 0" in refuse(material, training_dir, tmp_path)
+    assert "model.ts holds 3 BatchNorms, the fold report keeps 0" in refuse(material, tmp_path)
 
 
 def test_a_fold_that_is_wrong_at_the_border(
-    material: Material, training_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the fold's own check blind, the comparison of the whole networks in float64 would still see the border."""
     from export.fold import rules
 
     monkeypatch.setattr(rules, "_needs_border", lambda sink: False)
     monkeypatch.setattr(rules, "_relative", lambda found, wanted: 0.0)
-    assert "differs from the unfolded one" in refuse(material, training_dir, tmp_path)
+    assert "differs from the unfolded one" in refuse(material, tmp_path)
 
 
-def test_logits_that_are_not_finite_in_float32(material: Material, training_dir: Path, tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_in_float32(material: Material, tmp_path: Path) -> None:
     last = material.module.classifier[5]  # type: ignore[index,union-attr]
     last.weight.data.fill_(1e38)  # type: ignore[union-attr,operator]
     material.module.classifier[3].weight.data.fill_(1e38)  # type: ignore[index,union-attr,operator]
-    assert "it overflows" in refuse(material, training_dir, tmp_path)
+    assert "it overflows" in refuse(material, tmp_path)

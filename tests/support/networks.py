@@ -82,10 +82,10 @@ class Functional(nn.Module):
         return self.name
 
 
-def random_network(draw: Draw) -> tuple[nn.Module, Tensor]:
+def random_network(draw: Draw, adaptive: bool = True) -> tuple[nn.Module, Tensor]:
     """A small network of random layers, order, padding, stride, groups, branches, residuals and shared modules.
 
-    Returns it, in float64 and eval mode with BatchNorms that matter, and an example input of batch 3.
+    `adaptive` allows pooling to any size, which ONNX has no operator for. Returns it, in float64 and eval mode with BatchNorms that matter, and an example input of batch 3.
     """
 
     def pick(options: list[object]) -> object:
@@ -135,7 +135,15 @@ def random_network(draw: Draw) -> tuple[nn.Module, Tensor]:
         elif kind <= 8:
             module = nn.Linear(channels, draw(2, 5), bias=draw(0, 1) == 1)
         elif kind <= 10:
-            choices = [nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.SiLU(), nn.Sigmoid(), nn.Hardtanh(), nn.Dropout()]
+            choices = [
+                nn.ReLU(),
+                nn.ReLU(inplace=True),
+                nn.LeakyReLU(0.2),
+                nn.SiLU(),
+                nn.Sigmoid(),
+                nn.Hardtanh(),
+                nn.Dropout(),
+            ]
             module = pick([*choices, nn.PReLU(), nn.Softmax(1), nn.Tanh()])  # type: ignore[assignment]
         elif kind <= 12 and spatial:
             size, stride, padding = draw(1, 3), draw(1, 2), draw(0, 1)
@@ -146,8 +154,8 @@ def random_network(draw: Draw) -> tuple[nn.Module, Tensor]:
                 nn.AvgPool2d(size, stride, padding, count_include_pad=include, ceil_mode=draw(0, 1) == 1),
                 nn.Upsample(scale_factor=2, mode=str(pick(["nearest", "bilinear"]))),
                 nn.ZeroPad2d((draw(0, 1), draw(0, 1), draw(0, 1), draw(0, 1))),
-                nn.AdaptiveAvgPool2d(draw(1, 3)),
-                nn.AdaptiveMaxPool2d(2),
+                nn.AdaptiveAvgPool2d(draw(1, 3) if adaptive else 1),
+                nn.AdaptiveMaxPool2d(2 if adaptive else 1),
                 Functional("mean", lambda x: x.mean((2, 3))),
                 nn.Flatten(),
                 Functional("view", lambda x: x.view(x.size(0), -1)),

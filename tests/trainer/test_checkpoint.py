@@ -52,7 +52,9 @@ def test_round_trip(saved: Path) -> None:
     Net().load_state_dict(weights)
 
 
-def test_equal_checkpoints_are_equal_files_whatever_the_order_and_the_memory_format(saved: Path, tmp_path: Path) -> None:
+def test_equal_checkpoints_are_equal_files_whatever_the_order_and_the_memory_format(
+    saved: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     state = Net().to(memory_format=torch.channels_last).double().state_dict()
     shuffled = dict(reversed(state.items()))

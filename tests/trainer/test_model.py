@@ -24,7 +24,12 @@ class ArticleNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs, pool, norm in ((1, 5, False, False), (5, 10, True, True), (10, 20, False, True), (20, 40, True, True)):
+        for inputs, outputs, pool, norm in (
+            (1, 5, False, False),
+            (5, 10, True, True),
+            (10, 20, False, True),
+            (20, 40, True, True),
+        ):
             layers.append(nn.Conv2d(in_channels=inputs, out_channels=outputs, kernel_size=3, stride=1, padding=1))
             if pool:
                 layers.append(nn.MaxPool2d(kernel_size=2, stride=2))

