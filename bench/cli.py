@@ -29,6 +29,8 @@ DEFAULT_BATCH_SIZES = (1, 64, 256)
 # Ten rounds give the bootstrap something to draw from; with three backends and two blocks for each of three batch
 # sizes, 150 ms make a run of about 45 s.
 DEFAULT_ROUNDS, DEFAULT_BLOCK_MS = 10, 150.0
+# A run that nobody asked to be long ends within two minutes even where every call is slow: no round begins after this.
+DEFAULT_TIME_LIMIT_S = 90.0
 DEFAULT_TIMEOUT_S = 120.0
 
 # Typer's rich help costs as much start-up time as everything else together.
@@ -78,8 +80,13 @@ def run_command(
     profile: ProfileOption = Profile.STRICT,
     control: ControlOption = False,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="How often each backend gets its turn; an interval needs six.")
-    ] = DEFAULT_ROUNDS,
+        int | None,
+        typer.Option(
+            "--rounds",
+            min=1,
+            help="How often each backend gets its turn; an interval needs six. Default: 10, fewer on a slow machine.",
+        ),
+    ] = None,
     block_ms: Annotated[
         float, typer.Option("--block-ms", min=1, help="How long one timed block of calls lasts.")
     ] = DEFAULT_BLOCK_MS,
@@ -99,7 +106,8 @@ def run_command(
         backend,
         control=control,
         batch_sizes=tuple(sorted(set(batch_size or DEFAULT_BATCH_SIZES))),
-        rounds=rounds,
+        rounds=rounds or DEFAULT_ROUNDS,
+        time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
         block_s=block_ms / 1000,
         threads=threads,
         profile=profile,
@@ -150,6 +158,7 @@ def parity_command(
         control=control,
         batch_sizes=(),
         rounds=0,
+        time_limit_s=None,
         block_s=0.0,
         threads=threads,
         profile=profile,
@@ -195,6 +204,7 @@ def _plan(
     control: bool,
     batch_sizes: tuple[int, ...],
     rounds: int,
+    time_limit_s: float | None,
     block_s: float,
     threads: int | None,
     profile: Profile,
@@ -209,6 +219,7 @@ def _plan(
         control=control,
         batch_sizes=batch_sizes,
         rounds=rounds,
+        time_limit_s=time_limit_s,
         block_s=block_s,
         threads=threads or usable_cpus(),
         profile=profile,

@@ -21,7 +21,7 @@ FLIPS_SHOWN = 20
 # What a machine that does nothing else uses for itself stays well below.
 BUSY_PERCENT = 10
 # What the widest table needs. In a narrower window or a log its lines are long; rich would cut figures off instead.
-MIN_WIDTH = 132
+MIN_WIDTH = 140
 
 
 def console(stderr: bool = False) -> Console:
@@ -36,7 +36,7 @@ def print_run(result: Result, out: Console) -> None:
     settings, machine = result.settings, result.environment
     out.print(
         f"[bold]{escape(result.bundle.name)}[/] (bundle {result.bundle.digest[:12]}), profile {settings.profile}, "
-        f"{settings.threads} threads, {settings.rounds} interleaved rounds of {settings.block_s * 1000:g} ms"
+        f"{settings.threads} threads, {_rounds(result)} interleaved rounds of {settings.block_s * 1000:g} ms"
     )
     gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
     out.print(f"{machine.cpu}, {machine.usable_cpus} of {machine.logical_cpus} CPUs{gpus}, {machine.platform}\n")
@@ -140,7 +140,7 @@ def _cells(row: Row, subject: SubjectResult, ratios: Iterable[Ratio]) -> Iterato
     yield "–" if subject.parity is None else _number(subject.parity.top1_percent, ".2f")
     yield "–" if subject.parity is None else _flips(subject.parity)
     yield "–" if subject.parity is None else _number(subject.parity.max_abs_error, ".1e")
-    yield _ratio(_find(ratios, "torch", row.subject, row.batch_size, "device_resident"))
+    yield _ratio(_find(ratios, "torch", row.subject, row.batch_size, "device_resident"), ".3g")
 
 
 def _find(ratios: Iterable[Ratio], against: str, subject: str, batch_size: int, timing: Timing) -> PairedRatio | None:
@@ -158,7 +158,7 @@ def _control_table(control: list[Ratio]) -> Table:
         device = _find(control, "control", name, batch_size, "device_resident")
         whole = _find(control, "control", name, batch_size, "end_to_end")
         rounds = device.rounds if device else 0
-        table.add_row(name, str(batch_size), _ratio(device, 3), _ratio(whole, 3), str(rounds))
+        table.add_row(name, str(batch_size), _ratio(device, ".3f"), _ratio(whole, ".3f"), str(rounds))
     return table
 
 
@@ -199,12 +199,17 @@ def _spread(spread: Spread) -> str:
     return f"{spread.median:{digits}} ±{half:.1f}%"
 
 
-def _ratio(ratio: PairedRatio | None, digits: int = 2) -> str:
+def _ratio(ratio: PairedRatio | None, digits: str) -> str:
     if ratio is None:
         return "–"
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.median:.{digits}f}"
-    return f"{ratio.median:.{digits}f} ({ratio.low:.{digits}f}…{ratio.high:.{digits}f})"
+        return f"{ratio.median:{digits}}"
+    return f"{ratio.median:{digits}} ({ratio.low:{digits}}…{ratio.high:{digits}})"
+
+
+def _rounds(result: Result) -> str:
+    done = len({sample.round for sample in result.samples})
+    return str(done) if done == result.settings.rounds else f"{done} of {result.settings.rounds} (time limit)"
 
 
 def _verdict(parity: ParityVerdict) -> str:

@@ -59,7 +59,6 @@ class WarmUpFacts(_Frozen):
     """What was run before the first timed block."""
 
     batch_size: int
-    timing: Timing
     calls: int
     seconds: float
 
@@ -134,12 +133,13 @@ class Skipped(_Frozen):
 
 
 class Settings(_Frozen):
-    """What the run was asked for."""
+    """What the run was asked for. Fewer rounds than `rounds` were done where `time_limit_s` was reached before."""
 
     profile: Profile
     threads: int
     batch_sizes: tuple[int, ...]
     rounds: int
+    time_limit_s: float | None
     block_s: float
     timeout_s: float
 

@@ -5,7 +5,9 @@ Owns the order of things and what becomes of a backend that fails. Knows no runt
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from bench.results import (
     SubjectResult,
     WarmUpFacts,
 )
-from bench.summary import CONTROL_SUFFIX, TIMINGS, ratios, rows
+from bench.summary import CONTROL_SUFFIX, ratios, rows
 from bench.worker import (
     BadBundle,
     Close,
@@ -66,6 +68,7 @@ class Plan:
         backends: names, or None for all that are available here (except ``null``).
         control: also run the unfolded file of each backend that runs a folded one.
         rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
+        time_limit_s: no further round begins when the run has taken this long; None is no limit.
         block_s: how long one timed block lasts, in seconds.
         timeout_s: how long a worker may take for one answer.
     """
@@ -75,6 +78,7 @@ class Plan:
     control: bool
     batch_sizes: tuple[int, ...]
     rounds: int
+    time_limit_s: float | None
     block_s: float
     threads: int
     profile: Profile
@@ -125,14 +129,16 @@ def run(plan: Plan, progress: Progress) -> Result:
     Raises BenchError where nothing was measured: an unknown or unavailable backend, a bad bundle, a row that would lie.
     """
     started_at = datetime.now(UTC)
+    deadline = time.monotonic() + (math.inf if plan.time_limit_s is None else plan.time_limit_s)
     progress("checking the bundle", 0.0)
-    bundle = _open(plan.bundle)
+    # Resolved once: a new export swaps the folder behind a link, and all of a run must see the same bundle.
+    bundle = _open(plan.bundle.resolve())
     subjects, skipped = select(bundle, plan)
     environment = describe()
     progress("starting the backends", 0.01)
-    with _workers(plan, subjects) as lanes:
+    with _workers(plan, bundle.path, subjects) as lanes:
         skipped += _load(lanes, asked=plan.backends is not None)
-        samples = _prove_and_measure(plan, bundle, lanes, progress)
+        samples = _prove_and_measure(plan, bundle, lanes, deadline, progress)
         results = tuple(_subject_result(bundle, lane) for lane in lanes)
         busy_at_end = cpu_busy_percent()
     progress("done", 1.0)
@@ -147,6 +153,7 @@ def run(plan: Plan, progress: Progress) -> Result:
             threads=plan.threads,
             batch_sizes=plan.batch_sizes,
             rounds=plan.rounds,
+            time_limit_s=plan.time_limit_s,
             block_s=plan.block_s,
             timeout_s=plan.timeout_s,
         ),
@@ -231,7 +238,7 @@ def select(bundle: Bundle, plan: Plan) -> tuple[list[Subject], list[Skipped]]:
 
 
 @contextmanager
-def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[_Lane]]:
+def _workers(plan: Plan, bundle: Path, subjects: Sequence[Subject]) -> Iterator[list[_Lane]]:
     """A started worker for each subject. All load at the same time: nothing is measured yet. However this ends, none is
     left.
     """
@@ -240,7 +247,7 @@ def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[_Lane]]:
         try:
             for subject in subjects:
                 options = Options(plan.threads, plan.profile, subject.folded)
-                job = Job(subject.label, BACKENDS[subject.backend.name], plan.bundle.resolve(), options)
+                job = Job(subject.label, BACKENDS[subject.backend.name], bundle, options)
                 lanes.append(_Lane(subject, Worker(job, plan.timeout_s, Path(folder))))
             yield lanes
             for lane in lanes:
@@ -296,8 +303,13 @@ def _load(lanes: list[_Lane], asked: bool) -> list[Skipped]:
     return skipped
 
 
-def _prove_and_measure(plan: Plan, bundle: Bundle, lanes: list[_Lane], progress: Progress) -> tuple[Sample, ...]:
-    """Parity of every lane, then its warm-ups, then the rounds. One worker at a time does anything."""
+def _prove_and_measure(
+    plan: Plan, bundle: Bundle, lanes: list[_Lane], deadline: float, progress: Progress
+) -> tuple[Sample, ...]:
+    """Parity of every lane, then its warm-ups, then the rounds. One worker at a time does anything.
+
+    After `deadline` (on the clock of `time.monotonic`) no round begins but the first.
+    """
     oracle = bundle.oracle()
     steps = len(lanes) * (1 + (len(plan.batch_sizes) * (1 + plan.rounds) if plan.rounds else 0))
     done = 0
@@ -320,12 +332,12 @@ def _prove_and_measure(plan: Plan, bundle: Bundle, lanes: list[_Lane], progress:
         for batch_size in plan.batch_sizes:
             step(f"warming up {lane.subject.label}, batch {batch_size}")
             if lane.failure is None and (prepared := lane.ask(Prepare(batch_size), Prepared)) is not None:
-                lane.warm_ups += [
-                    WarmUpFacts(batch_size=batch_size, timing=timing, calls=warm_up.calls, seconds=warm_up.seconds)
-                    for timing, warm_up in zip(TIMINGS, prepared.warm_ups, strict=True)
-                ]
+                calls, seconds = prepared.warm_up.calls, prepared.warm_up.seconds
+                lane.warm_ups.append(WarmUpFacts(batch_size=batch_size, calls=calls, seconds=seconds))
     samples: list[Sample] = []
     for round_ in range(plan.rounds):
+        if round_ and time.monotonic() > deadline:
+            break
         # Each round starts with the next lane: who follows whom would otherwise favour the same one every time.
         turns = [lanes[(place + round_) % len(lanes)] for place in range(len(lanes))]
         for batch_size in plan.batch_sizes:

@@ -130,9 +130,9 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The warm-ups that were done, in the order device-resident, end-to-end."""
+    """The warm-up is done."""
 
-    warm_ups: tuple[WarmUp, ...]
+    warm_up: WarmUp
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,9 @@ class _Model:
             return self._evaluate(request.batch_size)
         calls = self._calls(request.batch_size)
         if isinstance(request, Prepare):
-            warm_ups = tuple(warm_up(call) for call in calls.values())
+            done = warm_up(calls["end_to_end"])  # which runs the model on the device, too
             wait_until_quiet()
-            return Prepared(warm_ups)
+            return Prepared(done)
         blocks = tuple(timed_block(call, timing, request.seconds) for timing, call in calls.items())
         return Measured(blocks, wait_until_quiet())
 
@@ -290,7 +290,7 @@ class Worker:
         with _interrupts_held_back():
             self._process.start()
         theirs.close()  # else the pipe would stay open after the child's death
-        self._asked_at = time.monotonic()
+        self._patience_ends = time.monotonic() + timeout_s
 
     def ask(self, request: Request, expected: type[R]) -> R:
         """Send a request and wait for its answer. Raises WorkerFailure."""
@@ -303,7 +303,7 @@ class Worker:
     def receive(self) -> Reply:
         """Block until the process answers, dies, or has taken too long. Raises WorkerFailure for the last two, and for
         an answer that says the backend raised."""
-        remaining = max(0.0, self._asked_at + self._timeout_s - time.monotonic())
+        remaining = max(0.0, self._patience_ends - time.monotonic())
         ready = multiprocessing.connection.wait([self._pipe, self._process.sentinel], remaining)
         if not ready:
             self.kill()
@@ -318,7 +318,8 @@ class Worker:
 
     def send(self, request: Request) -> None:
         """Send a request without waiting for its answer. That a worker has died is noticed by who waits for it."""
-        self._asked_at = time.monotonic()
+        blocks_s = 2 * request.seconds if isinstance(request, Measure) else 0.0  # asked for, so no sign of a hang
+        self._patience_ends = time.monotonic() + self._timeout_s + blocks_s
         with contextlib.suppress(OSError):
             self._pipe.send(request)
 
@@ -350,7 +351,7 @@ class Worker:
 def _interrupts_held_back() -> Iterator[None]:
     """Start a child with SIGINT and SIGTERM blocked, which it inherits until it serves.
 
-    A signal in the middle of a start would print a traceback, from the child or from a parent that left it half-started.
+    A signal in the middle of a start would print a traceback: the child's own, or that of one left half-started.
     Here it is kept, not lost: it arrives when the block ends.
     """
     if not hasattr(signal, "pthread_sigmask"):
@@ -358,7 +359,7 @@ def _interrupts_held_back() -> Iterator[None]:
         return
     from multiprocessing import resource_tracker
 
-    # multiprocessing starts this helper with the first child and then unblocks both: have it running beforehand.
+    # With the first child, multiprocessing starts this helper and then unblocks both: start it beforehand.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     try:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "ninefold"
 FILE_NAME = "checkpoint.safetensors"
+HISTORY_NAME = "history.jsonl"  # lies beside it: one line per evaluation
 
 
 class PixelScaling(pydantic.BaseModel):

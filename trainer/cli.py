@@ -75,7 +75,7 @@ def train(
 ) -> None:
     """Train the article's network on MNIST and save checkpoint, history and figures.
 
-    Without a command this trains; `data` looks at the data instead.
+    Without a command this trains.
     """
     if context.invoked_subcommand is not None:
         context.obj = data_dir
@@ -117,6 +117,26 @@ def data(
     print(f"the first {figures.DIGITS} training digits, from index 0 (the article's listing starts at 1): {out}")
 
 
+@app.command()
+def summary(
+    folders: Annotated[list[Path], typer.Argument(help="Training folders.", show_default=False)],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary here, too.")] = None,
+    note: Annotated[str | None, typer.Option(help="A condition of the runs that the JSON shall name.")] = None,
+) -> None:
+    """Sum up finished runs, several seeds for instance: top-1 at the end, at best, and on average."""
+    from trainer import summary as runs
+
+    read = sorted((runs.read_run(folder) for folder in folders), key=lambda run: (run.recipe, run.precision, run.seed))
+    print(runs.table(read))
+    if json_file is not None:
+        text = runs.as_json(read, note)
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"can't write {json_file} ({error.strerror or error}). Name another --json.") from error
+
+
 def _train(
     recipe: Recipe, seed: int, device: str, iterations: int | None, precision: str, out: Path, data_dir: Path
 ) -> None:
@@ -132,22 +152,22 @@ def _train(
             from trainer import train as loop
 
             chosen = loop.choose_device(device)
+            print(f"recipe {recipe.name} ({recipe.summary}), seed {seed}, {precision}, on {chosen}", flush=True)
+            try:
+                with _progress(recipe, iterations or recipe.iterations) as (note, stepped):
+                    trained = loop.train(
+                        recipe,
+                        mnist_data,
+                        seed=seed,
+                        device=chosen,
+                        iterations=iterations,
+                        precision=precision,
+                        watcher=loop.Watcher(note, stepped),
+                    )
+            except loop.Interrupted as interrupted:
+                raise _after_interrupt(interrupted, recipe, seed, precision, out) from None
         except (KeyboardInterrupt, Terminated) as interrupt:
             raise _nothing_saved(isinstance(interrupt, Terminated), out) from None
-        print(f"recipe {recipe.name} ({recipe.summary}), seed {seed}, {precision}, on {chosen}", flush=True)
-        try:
-            with _progress(recipe, iterations or recipe.iterations) as (note, stepped):
-                trained = loop.train(
-                    recipe,
-                    mnist_data,
-                    seed=seed,
-                    device=chosen,
-                    iterations=iterations,
-                    precision=precision,
-                    watcher=loop.Watcher(note, stepped),
-                )
-        except loop.Interrupted as interrupted:
-            raise _after_interrupt(interrupted, recipe, seed, precision, out) from None
         _write(folder, trained, recipe, seed, precision)
         from trainer import figures
 
@@ -217,7 +237,7 @@ def _write(folder: Path, trained: Trained, recipe: Recipe, seed: int, precision:
     )
     checkpoint.save(folder / checkpoint.FILE_NAME, trained.weights, facts)
     lines = (json.dumps(dataclasses.asdict(evaluation)) for evaluation in trained.history)
-    (folder / "history.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (folder / checkpoint.HISTORY_NAME).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _git_commit() -> str | None:

@@ -11,11 +11,14 @@ channels_last, which the CPU's convolutions take as it is; an evaluation takes E
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,10 +79,14 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told of a run: `note` gets sentences, `stepped` the iterations done and, where there is one, an evaluation."""
+    """Who is told of a run: `note` gets a sentence, `stepped` the iterations done and the evaluation, if any."""
 
     note: Callable[[str], None] = field(default=lambda sentence: None)
     stepped: Callable[[int, Evaluation | None], None] = field(default=lambda iteration, evaluation: None)
+
+
+SILENT = Watcher()
+CPU = torch.device("cpu")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -99,34 +106,74 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if usable else "cpu")
 
 
+LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Images and labels of a batch to its mean cross-entropy, a float32 scalar with a gradient."""
+CorrectOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Images and labels to how many are classified right, an integer scalar."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs before its first step. Images are float32 [n, 1, 28, 28] in [-1, 1], labels int64 [n]."""
+
+    recipe: Recipe
+    model: Net
+    optimizer: torch.optim.Adam
+    loss_of: LossOf
+    correct_of: CorrectOf
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    order: torch.Generator
+    compile_seconds: float
+
+
 def train(
     recipe: Recipe,
     data: mnist.Mnist,
     *,
     seed: int = 0,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
     iterations: int | None = None,
     precision: str = "float32",
     compiled: bool | None = None,
-    watcher: Watcher | None = None,
+    watcher: Watcher = SILENT,
 ) -> Trained:
     """Train a fresh network by `recipe`, `iterations` steps (the recipe's own number by default).
 
     The same arguments on the same machine give the same bits on the CPU. `precision` is float32 (strictly: no TF32) or
-    bf16 (see `_forward`); weights and optimizer are float32 in both. `compiled` None means: compile where that pays
-    (COMPILE_FROM_ITERATIONS), and train eagerly where it fails; True and False insist.
+    bf16: what convolutions and linear layers multiply in; weights and optimizer are float32 in both. `compiled` None
+    means: compile where that pays (COMPILE_FROM_ITERATIONS), and train eagerly where it fails; True and False insist.
 
-    Raises Interrupted on Ctrl-C and SIGTERM.
+    Raises Interrupted on Ctrl-C and SIGTERM once the first step may have begun.
     """
-    device = device or torch.device("cpu")
     iterations = recipe.iterations if iterations is None else iterations
-    watcher = watcher or Watcher()
+    if compiled is None and iterations < COMPILE_FROM_ITERATIONS:
+        watcher.note(f"training eagerly: {iterations} iterations are too few to earn the compilation back")
+        compiled = False
+    prepared = prepare(
+        recipe, data, seed=seed, device=device, precision=precision, compiled=compiled, note=watcher.note
+    )
+    return run(prepared, iterations, watcher.stepped)
+
+
+def prepare(
+    recipe: Recipe,
+    data: mnist.Mnist,
+    *,
+    seed: int = 0,
+    device: torch.device = CPU,
+    precision: str = "float32",
+    compiled: bool | None = None,
+    note: Callable[[str], None] = SILENT.note,
+) -> Prepared:
+    """Network, optimizer, data on the device, and step and evaluation compiled (see `train`; None: if possible)."""
     # TF32 is a choice of the library, not of the recipe. By the newer of torch's two settings: mixing them raises.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
     torch.manual_seed(seed)  # the initial weights, then dropout
-    order = torch.Generator().manual_seed(seed)  # of the images; on the CPU, so that it is the same on every device
     model = Net().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -135,54 +182,70 @@ def train(
     test_images, test_labels = _on_device(data.test_images, data.test_labels, device)
     loss_of, correct_of = _functions(model, device, precision)
 
+    began = time.perf_counter()
+    if compiled is not False:
+        note("compiling the training step and the evaluation: up to a minute, seconds when done before")
+        try:
+            first = torch.arange(recipe.batch_size, device=device)
+            batch = train_images[first], train_labels[first]
+            loss_of, correct_of = _compile(model, loss_of, correct_of, batch, (test_images, test_labels))
+        # Whatever a missing or unfit C++ compiler makes torch raise; if more is wrong, eager training tells.
+        except Exception as error:
+            if compiled:
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            note(f"training eagerly, several times slower: compiling failed ({reason})")
+    return Prepared(
+        recipe=recipe,
+        model=model,
+        optimizer=optimizer,
+        loss_of=loss_of,
+        correct_of=correct_of,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        order=torch.Generator().manual_seed(seed),  # on the CPU, so that it is the same on every device
+        compile_seconds=time.perf_counter() - began if compiled is not False else 0.0,
+    )
+
+
+def run(
+    prepared: Prepared, iterations: int, stepped: Callable[[int, Evaluation | None], None] = SILENT.stepped
+) -> Trained:
+    """Go `iterations` steps on from where the network is; `stepped` is told of each. Raises Interrupted."""
+    recipe, model, optimizer = prepared.recipe, prepared.model, prepared.optimizer
     history: list[Evaluation] = []
     iteration = 0
-    compile_seconds = 0.0
     began = time.perf_counter()
-    try:
-        if compiled is None and iterations < COMPILE_FROM_ITERATIONS:
-            watcher.note(f"training eagerly: {iterations} iterations are too few to earn the compilation back")
-        elif compiled is not False:
-            watcher.note("compiling the training step and the evaluation: up to a minute, seconds when done before")
-            try:
-                first = torch.arange(recipe.batch_size, device=device)
-                batch = train_images[first], train_labels[first]
-                loss_of, correct_of = _compile(model, loss_of, correct_of, batch, (test_images, test_labels))
-            # Whatever a missing or unfit C++ compiler makes torch raise; if more is wrong, eager training tells.
-            except Exception as error:
-                if compiled:
-                    raise
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                watcher.note(f"training eagerly, several times slower: compiling failed ({reason})")
-            compile_seconds = time.perf_counter() - began
 
-        began = time.perf_counter()
+    def so_far() -> Trained:
+        seconds = time.perf_counter() - began
+        return Trained(model.state_dict(), tuple(history), iteration, prepared.compile_seconds, seconds)
+
+    try:
         model.train()
         while iteration < iterations:
-            shuffled = torch.randperm(len(train_labels), generator=order).to(device)
-            for chosen in shuffled.split(recipe.batch_size)[: iterations - iteration]:  # type: ignore[no-untyped-call]
-                loss = loss_of(train_images[chosen], train_labels[chosen])
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                optimizer.zero_grad()
-                iteration += 1
+            shuffled = torch.randperm(len(prepared.train_labels), generator=prepared.order)
+            for chosen in shuffled.to(prepared.train_labels.device).split(recipe.batch_size):  # type: ignore[no-untyped-call]
+                with _uninterrupted():  # what an interrupted run hands over has gone through whole steps
+                    loss = prepared.loss_of(prepared.train_images[chosen], prepared.train_labels[chosen])
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    iteration += 1
 
                 evaluation = None
                 if iteration % recipe.evaluate_every == 0 or iteration == iterations:
-                    top1 = evaluate(model, correct_of, test_images, test_labels)
+                    top1 = evaluate(model, prepared.correct_of, prepared.test_images, prepared.test_labels)
                     evaluation = Evaluation(iteration, loss.item(), top1, time.perf_counter() - began)
                     history.append(evaluation)
-                watcher.stepped(iteration, evaluation)
+                stepped(iteration, evaluation)
+                if iteration == iterations:
+                    break
     except (KeyboardInterrupt, Terminated) as interrupt:
-        partial = Trained(model.state_dict(), tuple(history), iteration, compile_seconds, time.perf_counter() - began)
-        raise Interrupted(partial, isinstance(interrupt, Terminated)) from interrupt
-    return Trained(model.state_dict(), tuple(history), iteration, compile_seconds, time.perf_counter() - began)
-
-
-LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Images and labels of a batch to its mean cross-entropy, a float32 scalar with a gradient."""
-CorrectOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Images and labels to how many are classified right, an integer scalar."""
+        raise Interrupted(so_far(), isinstance(interrupt, Terminated)) from interrupt
+    return so_far()
 
 
 def evaluate(model: Net, correct_of: CorrectOf, images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -195,6 +258,24 @@ def evaluate(model: Net, correct_of: CorrectOf, images: torch.Tensor, labels: to
             correct += correct_of(images[part], labels[part])
     model.train()
     return 100 * int(correct.item()) / len(labels)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM that arrive inside the block act when it ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals act in the main thread only
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: arrived.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    for waiting in arrived:
+        signal.raise_signal(waiting)
 
 
 def _on_device(images: Any, labels: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,16 +19,11 @@ from bench.run import Plan, run
 TamperedBundle = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def bundle_dir() -> Path:
-    return Path("/tmp/bw/real")
-
-
 @pytest.fixture
 def faulty_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers the misbehaving backends under their names in lower case; worker processes find them too."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    faults = ("crashing", "hanging", "raising", "transposed", "nan", "unavailable", "unloadable", "dying", "lying")
+    faults = ("crashing", "hanging", "raising", "transposed", "unavailable", "unloadable", "dying", "lying")
     for name in faults:
         monkeypatch.setitem(BACKENDS, name, f"faulty_backends:{name.upper()}")
 
@@ -83,6 +78,7 @@ def plan(small_bundle: Path) -> Callable[..., Plan]:
                 "control": False,
                 "batch_sizes": (1,),
                 "rounds": 2,
+                "time_limit_s": None,
                 "block_s": 0.005,
                 "threads": 1,
                 "profile": Profile.STRICT,
@@ -104,6 +100,7 @@ def result(small_bundle: Path) -> Result:
             control=True,
             batch_sizes=(1, 8),
             rounds=7,
+            time_limit_s=None,
             block_s=0.002,
             threads=1,
             profile=Profile.STRICT,

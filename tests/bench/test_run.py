@@ -62,6 +62,13 @@ def test_rounds_are_interleaved_and_rotated(result: Result) -> None:
     assert {warm_up.batch_size for warm_up in onnx.warm_ups} == {1, 8}
 
 
+def test_no_round_begins_after_the_time_limit(plan: MakePlan) -> None:
+    """But the first always does: whoever waits that long is to see a figure."""
+    result = go(plan(backends=("null",), rounds=50, time_limit_s=0.0))
+    assert {sample.round for sample in result.samples} == {0}
+    assert result.settings.rounds == 50
+
+
 def test_null_prices_the_harness(plan: MakePlan) -> None:
     """A call of nothing takes microseconds at most: that much the harness adds to everybody's call."""
     result = go(plan(backends=("null",), batch_sizes=(256,), rounds=2))
@@ -74,7 +81,6 @@ def test_null_prices_the_harness(plan: MakePlan) -> None:
     ("name", "kind", "words"),
     [
         ("crashing", "crashed", "SIGABRT"),
-        ("dying", "crashed", "exit code 7"),
         ("raising", "raised", "no kernel for this operator"),
         ("hanging", "hung", "no answer within 1 s"),
     ],
@@ -101,9 +107,8 @@ def test_the_others_finish_when_one_fails(
     assert exit_code(result) == EXIT_NEGATIVE
 
 
-@pytest.mark.parametrize("name", ["transposed", "nan"])
-def test_a_wrong_answer_is_measured_and_fails(name: str, plan: MakePlan) -> None:
-    result = go(plan(backends=(name,)))
+def test_a_wrong_answer_is_measured_and_fails(plan: MakePlan) -> None:
+    result = go(plan(backends=("transposed",)))
     (subject,) = result.subjects
     assert subject.parity is not None
     assert not subject.parity.passed
@@ -160,17 +165,6 @@ def test_a_row_that_would_lie_stops_a_run_that_did_not_ask_for_it(plan: MakePlan
 def test_no_backend_at_all_is_an_error(plan: MakePlan, only: Callable[..., None]) -> None:
     only("unavailable", "null")
     assert refusal(plan(backends=None)).exit_code == EXIT_UNAVAILABLE
-
-
-def test_an_altered_file_stops_everything(plan: MakePlan, tampered: Callable[..., Path]) -> None:
-    bundle = tampered()
-    path = bundle / "model.ts"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    error = refusal(plan(bundle=bundle))
-    assert error.exit_code == EXIT_BAD_INPUT
-    assert "model.ts was altered" in str(error)
 
 
 def test_a_missing_bundle_is_an_error(plan: MakePlan, tmp_path: Path) -> None:

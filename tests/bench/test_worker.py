@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,6 @@ from bench.worker import (
     Loaded,
     Measure,
     Measured,
-    Misplaced,
     Prepare,
     Prepared,
     Reply,
@@ -64,12 +64,15 @@ def test_a_life_from_loading_to_closing(start: Start, small_bundle: Path) -> Non
     assert loaded.settings["intra_op_threads"] == 1
     assert sum(loaded.placement.nodes.values()) > 5
 
+    pid = worker._process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGINT)  # as Ctrl-C does to the whole group: what it means, the parent decides
     oracle = Bundle.open(small_bundle).oracle()
     logits = worker.ask(Evaluate(77), Evaluated).logits
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, oracle.logits, atol=1e-4)
 
-    assert [warm_up.calls >= 10 for warm_up in worker.ask(Prepare(3), Prepared).warm_ups] == [True, True]
+    assert worker.ask(Prepare(3), Prepared).warm_up.calls >= 10
     measured = worker.ask(Measure(3, 0.01), Measured)
     assert [block.timing for block in measured.blocks] == ["device_resident", "end_to_end"]
     assert all(min(block.durations_ns) > 0 for block in measured.blocks)
@@ -135,7 +138,7 @@ def test_a_process_killed_between_two_requests_is_a_crash(start: Start) -> None:
 def test_a_hang_ends_at_the_time_limit_and_so_does_the_process(start: Start) -> None:
     worker = start("hanging", timeout_s=20)
     assert isinstance(worker.receive(), Loaded)
-    worker._timeout_s = 0.5
+    worker._timeout_s = 0.5  # loading may take longer than a test wants to wait for a hang
     began = time.monotonic()
     failure = failure_of(lambda: worker.ask(Evaluate(100), Evaluated))
     assert failure.kind == "hung"
@@ -154,16 +157,6 @@ def test_an_error_is_told_with_its_traceback(name: str, loading: bool, start: St
     assert failure.loading is loading
     assert str(failure).startswith("RuntimeError: ")
     assert "Traceback" in failure.trace
-
-
-def test_a_runtime_that_fell_back_to_the_cpu_is_misplaced(start: Start) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    reply = start("lying").receive()
-    assert isinstance(reply, Misplaced)
-    assert any(line.startswith("Conv ") and line.endswith("CPUExecutionProvider") for line in reply.placement.stray)
 
 
 def test_an_altered_file_is_a_bad_bundle(start: Start, tampered: Callable[..., Path]) -> None:

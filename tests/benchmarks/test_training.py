@@ -1,0 +1,129 @@
+"""What training costs: `trainer` against the loop that the article writes.
+
+Run by `pytest --benchmark-only tests/benchmarks/test_training.py` (some minutes), skipped in a plain `pytest`. With
+`--benchmark-json docs/results/training-speed.json` the raw seconds of every slice, the ratio and the compile time are
+kept, under `extra_info` of each benchmark.
+
+Both sides train the article's network on real MNIST and evaluate all 10,000 test images every 50 iterations, in the
+same process and with the same threads. They take turns, slice by slice, so that a machine that slows down slows both;
+the ratio is that of the medians, its range is over the pairs of neighbouring slices. Compiling is paid once per run of
+6,000 iterations and stands beside the ratio, not in it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from trainer import mnist
+from trainer.recipes import ARTICLE
+
+ROUNDS = 5
+SLICE = 2 * ARTICLE.evaluate_every
+"""Iterations of one slice: two evaluations fall into it."""
+MUST = {"float32": 2.5, "bf16": 3.0}
+
+
+@pytest.fixture(scope="module")
+def literal(data_dir: Path) -> Callable[[], None]:
+    """One slice of the article's loop: one image at a time through ToTensor and Normalize, eager, float32.
+
+    Its evaluation is the listing's: without eval() and without no_grad(), the way the article was timed.
+    """
+    import torch
+    import torchvision
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+
+    from trainer.model import Net
+
+    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+    train_set = torchvision.datasets.MNIST(str(data_dir), train=True, transform=steps)
+    test_set = torchvision.datasets.MNIST(str(data_dir), train=False, transform=steps)
+    train_loader = DataLoader(train_set, batch_size=ARTICLE.batch_size, shuffle=True)
+    test_loader = DataLoader(test_set, batch_size=ARTICLE.batch_size, shuffle=False)
+    net = Net()
+    criterion = torch.nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(net.parameters(), lr=ARTICLE.learning_rate, weight_decay=ARTICLE.weight_decay)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from train_loader
+
+    endless = batches()
+
+    def run_slice() -> None:
+        for iteration in range(1, SLICE + 1):
+            images, labels = next(endless)
+            optimizer.zero_grad()
+            loss = criterion(net(images), labels)
+            loss.backward()
+            optimizer.step()
+            if iteration % ARTICLE.evaluate_every == 0:
+                correct = total = 0
+                for images, labels in test_loader:
+                    predicted = torch.max(net(images).data, 1)[1]
+                    total += len(labels)
+                    correct += (predicted == labels).sum()
+                assert total == 10_000
+                assert 100 * correct / total > 50
+
+    return run_slice
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.filterwarnings("default")  # what the compiler stack warns of is not this project's to mend
+def test_training(precision: str, data_dir: Path, literal: Callable[[], None], benchmark: BenchmarkFixture) -> None:
+    import torch
+
+    from trainer import train
+
+    prepared = train.prepare(ARTICLE, mnist.load(data_dir), precision=precision, compiled=True)
+    literal()  # one slice of each that doesn't count
+    train.run(prepared, SLICE)
+    literal_seconds: list[float] = []
+    ours_seconds: list[float] = []
+
+    def take_turns() -> None:
+        began = time.perf_counter()
+        literal()
+        literal_seconds.append(time.perf_counter() - began)
+
+    def ours() -> None:
+        trained = train.run(prepared, SLICE)
+        assert [evaluation.iteration for evaluation in trained.history] == [50, 100]
+        assert trained.history[-1].test_top1 > 50
+        ours_seconds.append(trained.seconds)
+
+    benchmark.pedantic(ours, setup=take_turns, rounds=ROUNDS, iterations=1)
+
+    ratio = statistics.median(literal_seconds) / statistics.median(ours_seconds)
+    pairs = [theirs / mine for theirs, mine in zip(literal_seconds, ours_seconds, strict=True)]
+    benchmark.extra_info.update(
+        precision=precision,
+        device="cpu",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        slice=f"{SLICE} iterations of batch {ARTICLE.batch_size}, 2 evaluations of 10,000 images",
+        literal_seconds=literal_seconds,
+        trainer_seconds=ours_seconds,
+        ratio=ratio,
+        ratio_of_pairs=pairs,
+        compile_seconds=prepared.compile_seconds,
+        load_average_1min=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+    per_epoch = 60_000 / ARTICLE.batch_size / SLICE
+    print(
+        f"\n{precision}: {ratio:.2f} x the literal loop ({min(pairs):.2f} to {max(pairs):.2f} over {ROUNDS} pairs); "
+        f"an epoch takes {statistics.median(ours_seconds) * per_epoch:.1f} s against "
+        f"{statistics.median(literal_seconds) * per_epoch:.1f} s; "
+        f"compiling took {prepared.compile_seconds:.1f} s, once per run"
+    )
+    assert ratio >= MUST[precision]

@@ -1,0 +1,340 @@
+"""The command, as its user meets it: files, lines, exit codes, interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer import checkpoint, cli, mnist
+from trainer.errors import Terminated
+
+FILES = ["checkpoint.safetensors", "curves.png", "digits.png", "history.jsonl"]
+# Where the machine is busy elsewhere, two threads wait for each other at every operation: one, or at least no spinning.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+DEFAULT_THREADS = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """The command sets signal handlers for its own process: the tests' process gets its own back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["trainer", *(str(argument) for argument in arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "trainer", *(str(argument) for argument in arguments)]
+
+
+def paragraph(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stands on stderr, which must be one paragraph and no traceback."""
+    text = capsys.readouterr().err.strip()
+    assert text.startswith("error: ")
+    assert "\n" not in text
+    return text
+
+
+def publish_something(folder: Path) -> bytes:
+    """An earlier training folder; returns its checkpoint."""
+    folder.mkdir(parents=True)
+    (folder / checkpoint.FILE_NAME).write_bytes(b"an earlier one")
+    return b"an earlier one"
+
+
+def test_a_run_from_nothing(tmp_path: Path, data_dir: Path) -> None:
+    """Twice, as real processes with default threads: the files that come out, what is said, and the same bits."""
+    outs = []
+    for name in ("one", "two"):
+        done = subprocess.run(
+            command("--iterations", 5, "--seed", 7, "--out", tmp_path / "deep" / name, "--data-dir", data_dir),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=DEFAULT_THREADS,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "", "quiet where stderr is no terminal"
+        outs.append(done.stdout)
+    one, two = (tmp_path / "deep" / name for name in ("one", "two"))
+    assert sorted(path.name for path in one.iterdir()) == FILES
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["one", "two"]
+    assert (one / checkpoint.FILE_NAME).read_bytes() == (two / checkpoint.FILE_NAME).read_bytes()
+
+    weights, facts = checkpoint.load(one / checkpoint.FILE_NAME)
+    assert len(weights) == 29
+    assert (facts.model, facts.recipe, facts.seed, facts.steps) == ("trainer.model:Net", "article", 7, 5)
+    assert facts.precision == "float32"
+    assert (facts.preprocessing.scale, facts.preprocessing.mean) == (float(mnist.SCALE), 0.5)
+    assert {"ninefold", "numpy", "python", "torch"} <= set(facts.versions)
+    assert facts.git_commit is None or re.fullmatch(r"[0-9a-f]{40}", facts.git_commit)
+    history = [json.loads(line) for line in (one / "history.jsonl").read_text().splitlines()]
+    assert [set(line) for line in history] == [{"iteration", "loss", "test_top1", "seconds"}]
+    assert history[-1]["test_top1"] == facts.test_top1
+    assert 5 < history[-1]["test_top1"] < 100
+
+    assert re.search(r"iteration +5 +loss \d\.\d+ +test top-1 \d+\.\d\d %", outs[0])
+    assert re.search(r"test top-1 .* after 5 iterations; best .* at iteration 5; [\d.]+ s of training", outs[0])
+    assert f"saved in {one}" in outs[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_saves_what_there_is_and_leaves_what_was(
+    tmp_path: Path, data_dir: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "article"
+    earlier = publish_something(out)
+    program = (  # the command, with a line after every fifth iteration: the test waits for the first
+        "import dataclasses; from trainer import cli, recipes; "
+        "recipes.RECIPES['article'] = dataclasses.replace(recipes.ARTICLE, evaluate_every=5, print_every=5); cli.main()"
+    )
+    training = subprocess.Popen(
+        [sys.executable, "-c", program, "--iterations", "700", "--out", str(out), "--data-dir", str(data_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
+        start_new_session=True,
+    )
+    assert training.stdout is not None
+    for line in training.stdout:
+        if line.startswith("iteration"):
+            break
+    began = time.perf_counter()
+    os.killpg(training.pid, number)  # to the whole group, as a terminal does
+    _, stderr = training.communicate(timeout=60)
+    assert time.perf_counter() - began < 10, "about a second on a machine that is not busy"
+    assert training.returncode == code, stderr
+    steps = int(re.search(r"after (\d+) iterations", stderr).group(1))  # type: ignore[union-attr]
+    assert steps >= 5
+    kept = tmp_path / "article.interrupted"
+    assert str(kept) in stderr
+    assert stderr.count("\n") == 1, "one paragraph"
+    assert (out / checkpoint.FILE_NAME).read_bytes() == earlier
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["article", "article.interrupted"]
+    weights, facts = checkpoint.load(kept / checkpoint.FILE_NAME)
+    assert facts.steps == steps == int(weights["features.5.num_batches_tracked"])
+    assert len((kept / "history.jsonl").read_text().splitlines()) == steps // 5
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_interrupt_before_the_first_iteration(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: type[BaseException],
+    code: int,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(mnist, "load", interrupted)
+    earlier = publish_something(tmp_path / "article")
+    assert run(monkeypatch, "--out", tmp_path / "article") == code
+    assert "nothing was saved" in paragraph(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["article"]
+    assert (tmp_path / "article" / checkpoint.FILE_NAME).read_bytes() == earlier
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a limit on file sizes stands for a full disk")
+def test_a_full_disk(tmp_path: Path, data_dir: Path) -> None:
+    """No file may grow beyond 100 kB: the checkpoint does not fit, as on a full disk."""
+    out = tmp_path / "article"
+    earlier = publish_something(out)
+    program = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "runpy.run_module('trainer', run_name='__main__', alter_sys=True)"
+    )
+    arguments = ["--iterations", "1", "--out", str(out), "--data-dir", str(data_dir)]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=ONE_THREAD,
+    )
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith(f"error: can't write {out}")
+    assert done.stderr.count("\n") == 1
+    assert (out / checkpoint.FILE_NAME).read_bytes() == earlier
+    assert [path.name for path in tmp_path.iterdir()] == ["article"]
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong must be told before data is loaded, let alone trained on."""
+    monkeypatch.setattr(mnist, "load", lambda *_, **__: pytest.fail("loaded data"))
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_folder_of_somebody_else_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "letters.txt").write_text("precious")
+    assert run(monkeypatch, "--out", tmp_path) == 4
+    assert "--out" in paragraph(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("below", ["", "below"], ids=["a file", "below a file"])
+def test_an_output_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], below: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert run(monkeypatch, "--out", tmp_path / "file" / below) == 4
+    assert "--out" in paragraph(capsys)
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--recipe", "unheard-of"], "known: article"),
+        (["--device", "tpu"], "cuda"),
+        (["--precision", "int4"], "bf16"),
+        (["--iterations", "0"], "--iterations"),
+        (["--seed", "-1"], "--seed"),
+        (["--no-such-option"], "--no-such-option"),
+        (["no-such-command"], "no-such-command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_usage_errors(
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_without_cuda(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "article"
+    assert run(monkeypatch, "--device", "cuda", "--out", out, "--data-dir", data_dir) == 3
+    assert "--device cpu" in paragraph(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_data_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(mnist, "MIRRORS", ())
+    monkeypatch.setattr(mnist.shutil, "which", lambda name: None)
+    assert run(monkeypatch, "--out", tmp_path / "article", "--data-dir", tmp_path / "empty") == 4
+    assert "--data-dir" in paragraph(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the command", "after it"])
+def test_looking_at_the_data(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], before: bool
+) -> None:
+    figure = tmp_path / "deep" / "digits.png"
+    where = ["--data-dir", data_dir]
+    arguments = [*where, "data", "--out", figure] if before else ["data", *where, "--out", figure]
+    assert run(monkeypatch, *arguments) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "(60000, 28, 28)",
+        "(10000, 28, 28)",
+        "(100, 1, 28, 28)",
+        " 5923",
+        " 1135",
+        "from index 0",
+        str(figure),
+    ):
+        assert part in out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_that_cannot_be_written(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert run(monkeypatch, "data", "--data-dir", data_dir, "--out", tmp_path / "file" / "digits.png") == 4
+    assert "--out" in paragraph(capsys)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
+def test_a_bar_where_stderr_is_a_terminal(tmp_path: Path, data_dir: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    done = subprocess.Popen(
+        command("--iterations", 2, "--out", tmp_path / "article", "--data-dir", data_dir),
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        env=ONE_THREAD | {"TERM": "xterm", "COLUMNS": "150"},
+    )
+    os.close(theirs)
+    shown = bytearray()
+    while True:
+        try:
+            piece = os.read(ours, 1 << 16)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    stdout, _ = done.communicate(timeout=60)
+    assert done.returncode == 0
+    for part in ("2/2", "loss", "top-1", "images/s"):
+        assert part in shown.decode()
+    assert "iteration      2" in stdout, "what is printed stays on stdout"
+
+
+def test_the_commit_is_that_of_a_checkout_that_tracks_this_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy installed inside somebody else's checkout must not carry that one's commit."""
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    installed = tmp_path / "cli.py"
+    installed.write_text("")
+    monkeypatch.setattr(cli, "__file__", str(installed))
+    assert cli._git_commit() is None, "no checkout"
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "theirs")
+    assert cli._git_commit() is None, "a checkout that does not track it"
+    git("add", "cli.py")
+    git("commit", "--quiet", "--message", "ours")
+    assert cli._git_commit() == git("rev-parse", "HEAD")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli._git_commit() is None, "no git"
