@@ -1,4 +1,4 @@
-"""Networks of known shape whose BatchNorms stand after the activation, as the article and many Keras models have them."""
+"""Networks of known shape whose BatchNorms stand after the activation, as in the article and many Keras models."""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ class Functional(nn.Module):
 def random_network(draw: Draw, adaptive: bool = True) -> tuple[nn.Module, Tensor]:
     """A small network of random layers, order, padding, stride, groups, branches, residuals and shared modules.
 
-    `adaptive` allows pooling to any size, which ONNX has no operator for. Returns it, in float64 and eval mode with BatchNorms that matter, and an example input of batch 3.
+    `adaptive` allows pooling to any size, which ONNX has no operator for. Returns it, in float64 and eval mode with
+    BatchNorms that matter, and an example input of batch 3.
     """
 
     def pick(options: list[object]) -> object:

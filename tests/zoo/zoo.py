@@ -6,8 +6,8 @@
 
 For each model: the smallest input it takes, BatchNorms with scales of both signs and a zero whose running statistics
 are then set from data, so that signals stay alive; folded and compared in float64. A mutation control follows: one
-channel of one fold is made wrong, and the comparison must see it. The peers work on the same network: torch.fx's fuse on
-the module, onnxsim, onnxslim and onnxoptimizer on its ONNX file (installed by hand, without their dependencies:
+channel of one fold is made wrong, and the comparison must see it. The peers work on the same network: torch.fx's fuse
+on the module, onnxsim, onnxslim and onnxoptimizer on its ONNX file (installed by hand, without their dependencies:
 `pip install --no-deps onnxsim onnxslim onnxoptimizer`; a peer that isn't there is left out of the table).
 """
 
@@ -232,8 +232,8 @@ def table() -> None:
         page += [
             f"## {title}",
             "",
-            f"{len(good)} networks: {wrong} wrong (over 1e-9, relative, float64), {len(lines) - len(good)} failed, and in "
-            f"{blind} the mutation control did not show. Time on two cores, with other work going on.",
+            f"{len(good)} networks: {wrong} wrong (over 1e-9, relative, float64), {len(lines) - len(good)} failed, "
+            f"and in {blind} the mutation control did not show. Time on two cores, with other work going on.",
             "",
             *rows(lines),
             "",
