@@ -75,7 +75,7 @@ def train(
 ) -> None:
     """Train the article's network on MNIST and save checkpoint, history and figures.
 
-    Without a command this trains.
+    Without a command this trains; `data` looks at the data instead.
     """
     if context.invoked_subcommand is not None:
         context.obj = data_dir
@@ -115,26 +115,6 @@ def data(
     except OSError as error:
         raise UserError(f"can't write {out} ({error.strerror or error}). Name another file with --out.") from error
     print(f"the first {figures.DIGITS} training digits, from index 0 (the article's listing starts at 1): {out}")
-
-
-@app.command()
-def summary(
-    folders: Annotated[list[Path], typer.Argument(help="Training folders.", show_default=False)],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary here, too.")] = None,
-    note: Annotated[str | None, typer.Option(help="A condition of the runs that the JSON shall name.")] = None,
-) -> None:
-    """Sum up finished runs, several seeds for instance: top-1 at the end, at best, and on average."""
-    from trainer import summary as runs
-
-    read = sorted((runs.read_run(folder) for folder in folders), key=lambda run: (run.recipe, run.precision, run.seed))
-    print(runs.table(read))
-    if json_file is not None:
-        text = runs.as_json(read, note)
-        try:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"can't write {json_file} ({error.strerror or error}). Name another --json.") from error
 
 
 def _train(

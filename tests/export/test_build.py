@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,18 @@ def material(training_dir: Path, data_dir: Path) -> Material:
     whole = source.load(path, source.describe(path), data_dir)
     assert whole.labels is not None
     return replace(whole, raw=whole.raw[:600], labels=whole.labels[:600])
+
+
+@pytest.fixture(autouse=True)
+def _onnx_is_written_already(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle of the same weights has the ONNX files: copying them saves seconds, and they are checked as ever."""
+    from export.formats import onnx_file
+
+    def copy(program: object, path: Path, *names: str, optimize: bool) -> int:
+        shutil.copyfile(bundle_dir / path.name, path)
+        return onnx_file.OPSET
+
+    monkeypatch.setattr(onnx_file, "write", copy)
 
 
 def refuse(material: Material, tmp_path: Path) -> str:
