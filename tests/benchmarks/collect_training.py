@@ -1,7 +1,7 @@
 """What the trainings in a folder came to, as JSON: one line for each seed, and mean and deviation over them.
 
 for seed in 0 1 2 3 4; do python -m trainer --seed $seed --out artifacts/training/seeds/$seed; done
-python tests/benchmarks/collect_training.py artifacts/training/seeds docs/results/training-article.json
+python tests/benchmarks/collect_training.py artifacts/training/seeds docs/results/training-article.json [NOTE]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import psutil
 from trainer.checkpoint import FILE_NAME, read_metadata
 
 
-def collect(folder: Path) -> dict[str, object]:
+def collect(folder: Path, note: str) -> dict[str, object]:
     """Read every training folder inside `folder`."""
     seeds = []
     for place in sorted(folder.iterdir()):
@@ -49,10 +49,10 @@ def collect(folder: Path) -> dict[str, object]:
         "cores": psutil.cpu_count(logical=False),
         "platform": platform.platform(),
         "date": datetime.date.today().isoformat(),
-        "note": "seconds were taken beside other work and are no measure of speed; see training-speed.json",
+        "note": note,
         "seeds": seeds,
     }
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(collect(Path(sys.argv[1])), indent=2) + "\n")
+    Path(sys.argv[2]).write_text(json.dumps(collect(Path(sys.argv[1]), " ".join(sys.argv[3:])), indent=2) + "\n")
