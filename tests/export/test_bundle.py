@@ -57,7 +57,7 @@ def test_everything_is_folded_and_reported(bundle_dir: Path) -> None:
     report = Bundle.open(bundle_dir).manifest.fold
     assert {norm.name: norm.method for norm in report.folded} == {
         "features.5": "ones channel",
-        "features.8": "ones channel",
+        "features.8": "bias map",
         "features.12": "into the layers after",
     }
     assert not report.kept
