@@ -50,8 +50,8 @@ EXACT = 1e-12
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "safetensors")
 CHECK_BATCHES = (500, 7)
 """Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
-CONTROL_IMAGES = 2_000
-"""The unfolded controls are checked on so many of the oracle's images, the files to deploy on all of them."""
+CHECK_INPUTS = 2_500
+"""Files are checked on so many of the oracle's inputs; the reference runs all of them, its error being the unit."""
 
 
 class ExportRefused(UserError):
@@ -95,27 +95,29 @@ def build(material: Material, target: Path, strategy: Strategy, say: Callable[[s
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import as_module, export_program
 
-    example = torch.from_numpy(material.inputs[:2])
-    batch = ({0: torch.export.Dim("batch")},)
-    say("folding")
-    program = export_program(material.module, (example,), batch)
-    with truth.computing_logits64(as_module(program), material.inputs) as wait_for_logits:
+    with truth.Logits64() as oracle_process:
+        inputs = material.inputs
+        example = torch.from_numpy(inputs[:2])
+        batch = ({0: torch.export.Dim("batch")},)
+        say("folding")
+        program = export_program(material.module, (example,), batch)
+        oracle_process.submit(as_module(program), inputs)
         # In float64, so that the fold itself is held to float64's precision; the files get weights rounded once.
         model64 = copy.deepcopy(material.module).double()
         folded = fold_batchnorm(model64, (example.double(),), dynamic_shapes=batch, strategy=strategy)
         say(_summary(folded.report))
-        _require_equal(model64, folded.module, material.inputs)
+        _require_equal(model64, folded.module, inputs)
         with building(target, MANIFEST_NAME) as folder:
             say(f"writing, and computing the float64 oracle of {len(material.raw)} inputs")
             entries = _write_files(folder, material, program, folded.module.float(), example)
             (folder / "checkpoint.safetensors").write_bytes(material.weights)
-            logits = wait_for_logits()
+            logits = oracle_process.wait()
             if not np.isfinite(logits).all():
                 raise ExportRefused("The model's float64 logits are not finite (NaN or infinity) for some inputs.")
             oracle = Oracle(material.raw, material.labels, logits)
             _write_oracle(folder / "oracle.safetensors", oracle)
             say("checking every file with optimisations off")
-            tolerances = _check_files(folder, entries, oracle, material.inputs, len(folded.report.kept))
+            tolerances = _check_files(folder, entries, oracle, inputs, len(folded.report.kept))
             manifest = Manifest(
                 schema_version=1,
                 name=target.name,
@@ -188,7 +190,7 @@ def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs:
         run = module.runner(path)
         whole, odd = CHECK_BATCHES
         reference = tolerances is None
-        logits = truth.run_in_batches(run, inputs if entry.folded or reference else inputs[:CONTROL_IMAGES], whole)
+        logits = truth.run_in_batches(run, inputs if reference else inputs[:CHECK_INPUTS], whole)
         if tolerances is None:
             unit = truth.rms_error(logits, oracle.logits)
             if not np.isfinite(unit):

@@ -5,12 +5,12 @@ Owns the oracle's numbers and the verdicts made against it while exporting. Know
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Self
 
 import numpy as np
 import torch
@@ -29,39 +29,49 @@ def logits64(model64: nn.Module, inputs: np.ndarray) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-@contextlib.contextmanager
-def computing_logits64(module: fx.GraphModule, inputs: np.ndarray) -> Iterator[Callable[[], np.ndarray]]:
-    """`logits64` of the float32 `module` in a process of its own, so that exporting goes on meanwhile.
+class Logits64:
+    """`logits64` in a process of its own, so that exporting goes on meanwhile.
 
-    Yields a function that waits for the logits. A process and not a thread, since tracing a graph changes how modules
-    are called in all threads. Leaving the block ends the process. Raises RuntimeError where it fails.
+    A process and not a thread, since tracing a graph changes how modules are called in all threads. It starts when this
+    object is made, and imports what it needs while there is nothing to compute yet.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_compute, args=(pickle.dumps(module), inputs, sender), daemon=True)
-    process.start()
-    sender.close()
 
-    def wait() -> np.ndarray:
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_compute, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._pipe.close()
+
+    def submit(self, module: fx.GraphModule, inputs: np.ndarray) -> None:
+        """Start computing, for a float32 module and its float32 inputs [N, …]."""
+        self._pipe.send((pickle.dumps(module), inputs))
+
+    def wait(self) -> np.ndarray:
+        """The float64 logits [N, classes]. Raises RuntimeError where the process failed."""
         try:
-            logits = receiver.recv()
+            logits = self._pipe.recv()
         except EOFError:
-            process.join()
-            raise RuntimeError(f"the process that computed the oracle ended with code {process.exitcode}") from None
+            self._process.join()
+            raise RuntimeError(f"the process that computed the oracle ended with {self._process.exitcode}") from None
         assert isinstance(logits, np.ndarray)
         return logits
 
-    try:
-        yield wait
-    finally:
-        process.terminate()
-        process.join()
-        receiver.close()
 
-
-def _compute(module: bytes, inputs: np.ndarray, sender: Connection) -> None:
+def _compute(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
-    sender.send(logits64(pickle.loads(module).double(), inputs))
+    # The parent needs a core: two pools that wait for each other's threads by spinning took three times as long.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    module, inputs = pipe.recv()
+    pipe.send(logits64(pickle.loads(module).double(), inputs))
 
 
 def run_in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, batch: int) -> np.ndarray:
