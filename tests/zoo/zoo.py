@@ -226,6 +226,8 @@ def table() -> None:
     page = ["# BatchNorms left, by tool", ""]
     for title, path in (("BatchNorm after the activation", NAMED), ("torchvision", RESULTS)):
         lines = list(stored(path).values())
+        if not lines:
+            continue
         good = [line for line in lines if "failed" not in line]
         wrong = sum(not line["error"] <= 1e-9 for line in good)
         blind = sum(line.get("mutation", 1) <= 1e-9 for line in good)
