@@ -102,6 +102,7 @@ def test_interrupted(
     assert (target / "model.onnx").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_the_strategies_give_different_files_for_one_function(
     training_dir: Path, bundle_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:

@@ -284,6 +284,7 @@ def test_a_figure_that_cannot_be_written(
     assert "--out" in paragraph(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
 def test_a_bar_where_stderr_is_a_terminal(tmp_path: Path, data_dir: Path) -> None:
     import pty

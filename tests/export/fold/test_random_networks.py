@@ -36,7 +36,7 @@ def fold_and_compare(draw: object, strategy: Strategy) -> FoldReport:
     return folded.report
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_random_networks(data: st.DataObject) -> None:
     strategy = data.draw(st.sampled_from(["auto", "auto", "ones", "bias-map", "floor"]))
