@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -59,24 +60,44 @@ def publish_something(folder: Path) -> bytes:
     return b"an earlier one"
 
 
+def run_on_a_terminal(arguments: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """A process whose stderr is a terminal: exit code, stdout, and what the terminal got."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment)
+    os.close(theirs)
+    shown = bytearray()
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    os.close(ours)
+    stdout, _ = process.communicate(timeout=60)
+    return process.returncode, stdout, shown.decode()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
 def test_a_run_from_nothing(tmp_path: Path, data_dir: Path) -> None:
     """Twice, as real processes with default threads: the files that come out, what is said, and the same bits."""
-    outs = []
-    for name in ("one", "two"):
-        done = subprocess.run(
-            command("--iterations", 5, "--seed", 7, "--out", tmp_path / "deep" / name, "--data-dir", data_dir),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env=DEFAULT_THREADS,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == "", "quiet where stderr is no terminal"
-        outs.append(done.stdout)
     one, two = (tmp_path / "deep" / name for name in ("one", "two"))
+    given = ["--iterations", 5, "--seed", 7, "--data-dir", data_dir]
+    done = subprocess.run(
+        command(*given, "--out", one), capture_output=True, text=True, timeout=120, check=False, env=DEFAULT_THREADS
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "quiet where stderr is no terminal"
+    terminal = DEFAULT_THREADS | {"TERM": "xterm", "COLUMNS": "150", "PYTHONHASHSEED": "1"}
+    code, stdout, shown = run_on_a_terminal(command(*given, "--out", two), terminal)
+    assert code == 0
+    for part in ("5/5", "loss", "top-1", "images/s"):
+        assert part in shown, "a bar where stderr is a terminal"
+    for text in (done.stdout, stdout):
+        assert re.search(r"iteration +5 +loss \d\.\d+ +test top-1 \d+\.\d\d %", text)
+        assert re.search(r"test top-1 .* after 5 iterations; best .* at iteration 5; [\d.]+ s of training", text)
+    assert f"saved in {one}" in done.stdout
+
     assert sorted(path.name for path in one.iterdir()) == FILES
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in one.parent.iterdir()) == ["one", "two"]
     assert (one / checkpoint.FILE_NAME).read_bytes() == (two / checkpoint.FILE_NAME).read_bytes()
 
     weights, facts = checkpoint.load(one / checkpoint.FILE_NAME)
@@ -90,10 +111,6 @@ def test_a_run_from_nothing(tmp_path: Path, data_dir: Path) -> None:
     assert [set(line) for line in history] == [{"iteration", "loss", "test_top1", "seconds"}]
     assert history[-1]["test_top1"] == facts.test_top1
     assert 5 < history[-1]["test_top1"] < 100
-
-    assert re.search(r"iteration +5 +loss \d\.\d+ +test top-1 \d+\.\d\d %", outs[0])
-    assert re.search(r"test top-1 .* after 5 iterations; best .* at iteration 5; [\d.]+ s of training", outs[0])
-    assert f"saved in {one}" in outs[0]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -282,37 +299,6 @@ def test_a_figure_that_cannot_be_written(
     (tmp_path / "file").write_text("not a folder")
     assert run(monkeypatch, "data", "--data-dir", data_dir, "--out", tmp_path / "file" / "digits.png") == 4
     assert "--out" in paragraph(capsys)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
-def test_a_bar_where_stderr_is_a_terminal(tmp_path: Path, data_dir: Path) -> None:
-    import pty
-
-    ours, theirs = pty.openpty()
-    done = subprocess.Popen(
-        command("--iterations", 2, "--out", tmp_path / "article", "--data-dir", data_dir),
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        text=True,
-        env=ONE_THREAD | {"TERM": "xterm", "COLUMNS": "150"},
-    )
-    os.close(theirs)
-    shown = bytearray()
-    while True:
-        try:
-            piece = os.read(ours, 1 << 16)
-        except OSError:  # Linux: the other end is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(ours)
-    stdout, _ = done.communicate(timeout=60)
-    assert done.returncode == 0
-    for part in ("2/2", "loss", "top-1", "images/s"):
-        assert part in shown.decode()
-    assert "iteration      2" in stdout, "what is printed stays on stdout"
 
 
 def test_the_commit_is_that_of_a_checkout_that_tracks_this_file(
