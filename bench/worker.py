@@ -181,7 +181,7 @@ def serve(pipe: Connection, job: Job, log: str) -> None:
                 pipe.send(reply)
         except (EOFError, BrokenPipeError):
             raise
-        except Exception as error:
+        except Exception as error:  # whatever a runtime raises: the parent says it and the other backends go on
             pipe.send(_as_reply(error, loading))
 
 

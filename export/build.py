@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +35,7 @@ from export.bundle import (
 )
 from export.fold.report import FoldReport, Strategy
 from trainer.errors import EXIT_NEGATIVE, UserError
+from trainer.provenance import git_commit
 from trainer.publish import building
 
 if TYPE_CHECKING:
@@ -253,17 +253,9 @@ def _versions() -> dict[str, str]:
 
 
 def _environment() -> Environment:
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(export.__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None
     return Environment(
-        python=platform.python_version(), platform=platform.platform(), versions=_versions(), git_commit=commit
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions=_versions(),
+        git_commit=git_commit(Path(export.__file__)),
     )

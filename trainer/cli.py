@@ -11,7 +11,6 @@ import dataclasses
 import json
 import platform
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, UserError, run_app
+from trainer.provenance import git_commit
 from trainer.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -213,26 +213,11 @@ def _write(folder: Path, trained: Trained, recipe: Recipe, seed: int, precision:
         preprocessing=checkpoint.PixelScaling(scale=float(mnist.SCALE), mean=float(mnist.MEAN), std=float(mnist.STD)),
         versions={"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("ninefold", "numpy", "torch")},
-        git_commit=_git_commit(),
+        git_commit=git_commit(Path(__file__)),
     )
     checkpoint.save(folder / checkpoint.FILE_NAME, trained.weights, facts)
     lines = (json.dumps(dataclasses.asdict(evaluation)) for evaluation in trained.history)
     (folder / checkpoint.HISTORY_NAME).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that this file is tracked in; None where it is in none, or there is no git."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside somebody else's checkout
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 @contextlib.contextmanager

@@ -53,10 +53,10 @@ def fold_batchnorm(
     """
     module = graph_module(model, example_inputs, dynamic_shapes)
     with torch.no_grad():
-        graph, unread = torch_graph.read(module)
+        graph = torch_graph.read(module)
         report = rules.fold(graph, strategy)
         folded = torch_graph.write(module, graph)
-    return Folded(folded, FoldReport(folded=report.folded, kept=(*report.kept, *unread)))
+    return Folded(folded, report)
 
 
 def graph_module(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None) -> fx.GraphModule:

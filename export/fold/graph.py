@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from export.fold.report import KeptNorm
+
 Tensor = torch.Tensor
 
 
@@ -242,18 +244,22 @@ class Opaque(Op):
 
 @dataclass(eq=False)
 class Graph:
-    """A network; `nodes` in an order in which each comes after what it reads."""
+    """A network; `nodes` in an order in which each comes after what it reads.
+
+    `unread` are the BatchNorms that could not even be read as `Norm`, with the reason; they stay.
+    """
 
     nodes: list[Node]
+    unread: tuple[KeptNorm, ...] = ()
 
     def norms(self) -> list[Node]:
         """The BatchNorms that are left."""
         return [node for node in self.nodes if isinstance(node.op, Norm)]
 
 
-def connect(nodes: Iterable[Node]) -> Graph:
+def connect(nodes: Iterable[Node], unread: Iterable[KeptNorm] = ()) -> Graph:
     """Make a graph of nodes, filling in each value's producer and users."""
-    graph = Graph(list(nodes))
+    graph = Graph(list(nodes), tuple(unread))
     for node in graph.nodes:
         for value in node.outputs:
             value.producer = node

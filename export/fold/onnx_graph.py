@@ -68,8 +68,8 @@ _MOST_ELEMENTS = 1000
 """Constants computed while the network runs are followed up to this size: paddings and shapes, not weights."""
 
 
-def read(model: ir.Model, shapes: Shapes, example: dict[str, tuple[int, ...]]) -> tuple[Graph, list[KeptNorm]]:
-    """The main graph in the vocabulary of folding, and the BatchNorms that can't even be read as one.
+def read(model: ir.Model, shapes: Shapes, example: dict[str, tuple[int, ...]]) -> Graph:
+    """The main graph in the vocabulary of folding.
 
     `shapes` says what is fixed, `example` gives sizes for one possible input, both by value name.
     """
@@ -81,7 +81,7 @@ def read(model: ir.Model, shapes: Shapes, example: dict[str, tuple[int, ...]]) -
         for node in inner
         if node.op_type == _BATCHNORM
     ]
-    return connect(nodes), kept
+    return connect(nodes, kept)
 
 
 def _inner_nodes(model: ir.Model) -> list[tuple[str, list[ir.Node]]]:
@@ -126,13 +126,13 @@ class _Reader:
             return None
         if self._rounds_up(ir_node) or any(value in self.doubtful for value in ir_node.inputs):
             self.doubtful |= set(ir_node.outputs)
-        op, read, outputs, origin = self._operation(ir_node)
+        op, read, own_outputs, origin = self._operation(ir_node)
+        outputs = list(ir_node.outputs) if own_outputs is None else own_outputs
         if not isinstance(op, Opaque | Sizes):
-            self._infer(op, read, list(ir_node.outputs) if outputs is None else outputs)
-        for output in ir_node.outputs if outputs is None else outputs:
+            self._infer(op, read, outputs)
+        for output in outputs:
             if output in self.outputs:
                 self._value(output).pinned = "an output of the network"
-        outputs = list(ir_node.outputs) if outputs is None else outputs
         return Node(_name(ir_node), op, [self._value(v) for v in read], [self._value(v) for v in outputs], origin)
 
     def _rounds_up(self, node: ir.Node) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from export.fold import onnx_graph, rules
 from export.fold.batchnorm import FoldError
 from export.fold.graph import Graph
-from export.fold.report import FoldReport, KeptNorm, Strategy
+from export.fold.report import FoldReport, Strategy
 
 SIZE_OF_A_SYMBOL = (2, 32)
 """Sizes taken in an example for a symbolic first dimension, the batch, and for any other."""
@@ -53,10 +54,9 @@ def fold_onnx(source: Path, target: Path, strategy: Strategy = "auto") -> Folded
             written; or the folded file's outputs differ from the original's (then nothing is written).
     """
     model = load(source)
-    graph, unread = _read(model, source)
+    graph = _read(model, source)
     report = rules.fold(graph, strategy)
     onnx_graph.write(model, graph)
-    report = FoldReport(folded=report.folded, kept=(*report.kept, *unread))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -77,9 +77,7 @@ def fold_onnx(source: Path, target: Path, strategy: Strategy = "auto") -> Folded
 
 def explain_onnx(source: Path, strategy: Strategy = "auto") -> FoldReport:
     """What `fold_onnx` would do, without writing anything. Raises FoldError."""
-    graph, unread = _read(load(source), source)
-    report = rules.fold(graph, strategy)
-    return FoldReport(folded=report.folded, kept=(*report.kept, *unread))
+    return rules.fold(_read(load(source), source), strategy)
 
 
 def load(source: Path) -> ir.Model:
@@ -98,7 +96,7 @@ def load(source: Path) -> ir.Model:
         ) from error
 
 
-def _read(model: ir.Model, source: Path) -> tuple[Graph, list[KeptNorm]]:
+def _read(model: ir.Model, source: Path) -> Graph:
     floating = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
     for name, value in model.graph.initializers.items():
         if (
@@ -114,7 +112,9 @@ def _read(model: ir.Model, source: Path) -> tuple[Graph, list[KeptNorm]]:
     symbols: dict[int | str | None, int] = {}
     for value in model.graph.inputs:
         declared = [size if isinstance(size, int) else size.value for size in value.shape or ()]
-        symbols |= {size: taken for size, taken in zip(declared, sizes(value), strict=True) if isinstance(size, str)}
+        symbols |= {
+            size: taken for size, taken in zip(declared, _example_sizes(declared), strict=True) if isinstance(size, str)
+        }
     example: dict[str, tuple[int, ...]] = {}
     for name, shape in (shapes | _shapes(_with_sizes(model))).items():
         for known in (shape, shapes.get(name, (None,))):
@@ -129,16 +129,15 @@ def _with_sizes(model: ir.Model) -> ir.Model:
     copied = model.clone()
     for value in copied.graph.inputs:
         if value.shape is not None:
-            value.shape = ir.Shape(sizes(value))
+            value.shape = ir.Shape(_example_sizes(value.shape))
     for value in (*copied.graph.outputs, *(v for node in copied.graph for v in node.outputs)):
         value.shape = None if value.shape is None or not all(isinstance(d, int) for d in value.shape) else value.shape
     return copied
 
 
-def sizes(value: ir.Value) -> list[int]:
+def _example_sizes(shape: Iterable[object]) -> list[int]:
     """The sizes of an input, those of `SIZE_OF_A_SYMBOL` where it has symbols."""
     batch, other = SIZE_OF_A_SYMBOL
-    shape = list(value.shape or ())
     return [size if isinstance(size, int) else (other if axis else batch) for axis, size in enumerate(shape)]
 
 
@@ -167,8 +166,7 @@ def _difference(source: Path, folded: Path) -> tuple[float | None, str]:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             if path is source:
                 for argument in session.get_inputs():
-                    batch, other = SIZE_OF_A_SYMBOL
-                    shape = [s if isinstance(s, int) else (other if i else batch) for i, s in enumerate(argument.shape)]
+                    shape = _example_sizes(argument.shape)
                     kind = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
                     feeds[argument.name] = generator.standard_normal(shape).astype(kind.get(argument.type, np.float32))
             results.append(session.run(None, feeds))

@@ -30,7 +30,6 @@ commute; a border on which no strategy allowed is exact; a result that misses 1e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -121,9 +120,8 @@ def fold(graph: Graph, strategy: Strategy = "auto") -> FoldReport:
     kept: dict[Node, str] = {}
     waiting = graph.norms()
     if strategy == "none":
-        return FoldReport(
-            kept=tuple(KeptNorm(name=node.name, reason="strategy none: nothing is folded") for node in waiting)
-        )
+        kept = dict.fromkeys(waiting, "strategy none: nothing is folded")
+        waiting = []
     while waiting:
         left = []
         for norm in waiting:
@@ -138,34 +136,31 @@ def fold(graph: Graph, strategy: Strategy = "auto") -> FoldReport:
         if len(left) == len(waiting):
             break
         waiting = left
-    return FoldReport(
-        folded=tuple(folded), kept=tuple(KeptNorm(name=node.name, reason=reason) for node, reason in kept.items())
-    )
+    refused = (KeptNorm(name=node.name, reason=reason) for node, reason in kept.items())
+    return FoldReport(folded=tuple(folded), kept=(*refused, *graph.unread))
 
 
 def _fold_one(norm: Node, strategy: Strategy) -> FoldedNorm | str:
     """Fold one BatchNorm in place, the cheapest way that holds, or say why not."""
-    plans: list[_Plan] = []
     reasons: dict[str, str] = {}
-    for label, search in _searches(norm, strategy):
-        try:
-            plans.append(search(norm))
-        except _Refused as refusal:
-            reasons[label] = str(refusal)
-    for plan in sorted(plans, key=lambda plan: plan.cost):
-        error = _apply(norm, plan)
-        if error <= TOLERANCE:
-            return FoldedNorm(name=norm.name, method=plan.method, into=plan.into(norm), error=error)
-        reasons[plan.method] = f"the result was off by {error:.1e} (relative, float64), so it was undone"
+    border = (("ones", _ones), ("bias-map", _bias_map), ("floor", _floor))
+    # The ways over a border cost something to find and to run: they are looked for where no free home holds.
+    for searches in (
+        (("backward", _backward), ("forward", _forward)),
+        tuple((way, search) for way, search in border if strategy in ("auto", way)),
+    ):
+        plans: list[_Plan] = []
+        for label, search in searches:
+            try:
+                plans.append(search(norm))
+            except _Refused as refusal:
+                reasons[label] = str(refusal)
+        for plan in sorted(plans, key=lambda plan: plan.cost):
+            error = _apply(norm, plan)
+            if error <= TOLERANCE:
+                return FoldedNorm(name=norm.name, method=plan.method, into=plan.into(norm), error=error)
+            reasons[plan.method] = f"the result was off by {error:.1e} (relative, float64), so it was undone"
     return "; ".join(f"{label}: {reason}" for label, reason in reasons.items())
-
-
-def _searches(norm: Node, strategy: Strategy) -> Iterator[tuple[str, Callable[[Node], _Plan]]]:
-    yield "backward", _backward
-    yield "forward", _forward
-    for way, search in (("ones", _ones), ("bias-map", _bias_map), ("floor", _floor)):
-        if strategy in ("auto", way):
-            yield way, search
 
 
 # -- backward: cases 1 to 3 ------------------------------------------------------------------------------------------

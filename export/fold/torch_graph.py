@@ -78,15 +78,15 @@ _CONV = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _CONV_TRANSPOSE = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 
 
-def read(module: fx.GraphModule) -> tuple[Graph, list[KeptNorm]]:
-    """The module's graph in the vocabulary of folding, and the BatchNorms that can't even be read as one."""
+def read(module: fx.GraphModule) -> Graph:
+    """The module's graph in the vocabulary of folding."""
     reader = _Reader(module)
     nodes = []
     for fx_node in module.graph.nodes:
         node = reader.node(fx_node)
         if node is not None:
             nodes.append(node)
-    return connect(nodes), reader.kept
+    return connect(nodes, reader.kept)
 
 
 class _Reader:

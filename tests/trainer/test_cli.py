@@ -299,29 +299,3 @@ def test_a_figure_that_cannot_be_written(
     (tmp_path / "file").write_text("not a folder")
     assert run(monkeypatch, "data", "--data-dir", data_dir, "--out", tmp_path / "file" / "digits.png") == 4
     assert "--out" in paragraph(capsys)
-
-
-def test_the_commit_is_that_of_a_checkout_that_tracks_this_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A copy installed inside somebody else's checkout must not carry that one's commit."""
-
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
-        done = subprocess.run(
-            ["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    installed = tmp_path / "cli.py"
-    installed.write_text("")
-    monkeypatch.setattr(cli, "__file__", str(installed))
-    assert cli._git_commit() is None, "no checkout"
-    git("init", "--quiet")
-    git("commit", "--quiet", "--allow-empty", "--message", "theirs")
-    assert cli._git_commit() is None, "a checkout that does not track it"
-    git("add", "cli.py")
-    git("commit", "--quiet", "--message", "ours")
-    assert cli._git_commit() == git("rev-parse", "HEAD")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert cli._git_commit() is None, "no git"
