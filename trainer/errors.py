@@ -6,6 +6,7 @@ the way a command ends when it is interrupted. Knows nothing of what the command
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from types import FrameType
@@ -43,7 +44,12 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 
 def run_app(app: _App, prog_name: str) -> None:
-    """Run a Typer app as a whole process: a UserError becomes a paragraph on stderr and its exit code."""
+    """Run a Typer app as a whole process: a UserError becomes a paragraph on stderr and its exit code.
+
+    What it prints is to be seen line by line in a log or a pipe too, not when the process ends.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         app(prog_name=prog_name)
