@@ -316,12 +316,13 @@ def _has_bf16_arithmetic(device: torch.device) -> bool:
 
 
 def _rounded_to_bf16(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 to the nearest bf16, ties to even, as float32: the upper half of the bits, rounded by integer arithmetic.
+    """float32 to the nearest bf16, as float32: Veltkamp's splitting, which keeps the upper 8 of 24 significant bits.
 
-    Not `.bfloat16().float()`: the compiler is free to drop that pair, and where told not to, it takes longer over it.
+    Three operations that the compiler vectorises: working on the bits instead took an evaluation from 0.7 s to 1.4 s,
+    and it is free to drop the pair `.bfloat16().float()`. From 2**111 on, and for infinity, the result is not a number.
     """
-    bits = tensor.view(torch.int32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000).view(torch.float32)
+    scaled = tensor * 65537.0
+    return scaled - (scaled - tensor)
 
 
 class _Round(torch.autograd.Function):
