@@ -215,6 +215,11 @@ def _read_data(path: Path, input_shape: tuple[int, ...]) -> tuple[np.ndarray, np
         )
     if inputs.dtype != np.uint8:
         inputs = inputs.astype(np.float32)
+        if not np.isfinite(inputs).all():
+            raise UserError(
+                f"--data {path}: `inputs` holds values that are not finite (NaN, infinity, or beyond float32's range). "
+                "Leave such inputs out."
+            )
     return inputs, None if labels is None else labels.astype(np.int64)
 
 

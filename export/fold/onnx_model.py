@@ -30,6 +30,9 @@ AGREEMENT = 1e-4
 Each fold was held to 1e-9 in float64 by itself; this only shows that the file says what the folded graph means.
 """
 
+LARGEST_FILE = 2**31 - 1
+"""Bytes that a protobuf message, hence an ONNX file without external data, can have."""
+
 
 @dataclass(frozen=True)
 class FoldedFile:
@@ -50,13 +53,20 @@ def fold_onnx(source: Path, target: Path, strategy: Strategy = "auto") -> Folded
     Names of inputs and outputs, metadata, and nodes that have nothing to do with a fold stay as they were.
 
     Raises:
-        FoldError: `source` is missing, no valid ONNX model, or has external data outside its folder; `target` can't be
-            written; or the folded file's outputs differ from the original's (then nothing is written).
+        FoldError: `source` is missing, no valid ONNX model, has external data outside its folder, or has more weights
+            than one file can hold; `target` can't be written; or the folded file's outputs differ from the original's
+            (then nothing is written).
     """
     model = load(source)
     graph = _read(model, source)
     report = rules.fold(graph, strategy)
     onnx_graph.write(model, graph)
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if weights > LARGEST_FILE:
+        raise FoldError(
+            f"{source} holds {weights / 2**30:.1f} GiB of weights, and the folded file would have to hold them all: "
+            "an ONNX file ends at 2 GiB. Nothing was written. Fold the model before exporting it (fold_batchnorm)."
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:

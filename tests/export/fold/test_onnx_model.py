@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 import warnings
 from pathlib import Path
 
@@ -279,6 +280,51 @@ def test_a_wrong_number_is_never_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(onnx_graph._Writer, "_constant", wrong)
     with pytest.raises(FoldError, match="differ from those"):
         fold_onnx(small(tmp_path), tmp_path / "folded.onnx")
+    assert not (tmp_path / "folded.onnx").exists()
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `explain` announces is what `fold` does, and `explain` sees nothing to do in what `fold` wrote."""
+    from export.cli import app
+
+    def said(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            app(prog_name="export")
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    source, target = small(tmp_path), tmp_path / "deep" / "folded.onnx"
+    announced = said("explain", source)
+    assert announced.endswith("3 BatchNorms folded, 0 kept\n")
+    assert said("fold", source, "-o", target).startswith(announced)
+    assert said("explain", target) == "0 BatchNorms folded, 0 kept\n"
+
+
+@pytest.mark.slow
+def test_a_model_over_100_mb_with_its_weights_beside_it(tmp_path: Path) -> None:
+    layers = [conv(4, 6, padding=0), nn.ReLU(), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(378, 9000), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.BatchNorm1d(9000), nn.Linear(9000, 3000))
+    source = save(enliven(model, IMAGE).float(), IMAGE.float(), tmp_path / "whole.onnx")
+    beside = tmp_path / "model.onnx"
+    onnx.save(onnx.load(source), beside, save_as_external_data=True, location="model.onnx.data")
+    assert beside.stat().st_size < 100_000 < 100_000_000 < (tmp_path / "model.onnx.data").stat().st_size
+    for path in (source, beside):
+        result = fold_onnx(path, tmp_path / "folded.onnx")
+        assert len(result.report.folded) == 2
+        assert result.difference is not None
+        assert result.difference < 1e-5
+        assert count(tmp_path / "folded.onnx") == 0
+
+
+def test_what_no_single_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format ends at 2 GiB; here at a hundredth of the small model's size."""
+    from export.fold import onnx_model
+
+    source = small(tmp_path)
+    monkeypatch.setattr(onnx_model, "LARGEST_FILE", source.stat().st_size // 100)
+    with pytest.raises(FoldError, match="2 GiB"):
+        fold_onnx(source, tmp_path / "folded.onnx")
     assert not (tmp_path / "folded.onnx").exists()
 
 
