@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.backend import Profile, find_backend
-from bench.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, BenchError, Terminated
+from bench.errors import EXIT_INTERRUPTED, EXIT_NEGATIVE, EXIT_TERMINATED, EXIT_USAGE, BenchError, Terminated
 
 if TYPE_CHECKING:
     from bench.run import Plan, Progress
@@ -32,6 +32,7 @@ DEFAULT_ROUNDS, DEFAULT_BLOCK_MS = 10, 150.0
 # A run that nobody asked to be long ends within two minutes even where every call is slow: no round begins after this.
 DEFAULT_TIME_LIMIT_S = 90.0
 DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_AB_ROUNDS, DEFAULT_THRESHOLD_PERCENT = 20, 5.0
 
 # Typer's rich help costs as much start-up time as everything else together.
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
@@ -43,6 +44,11 @@ BackendOption = Annotated[
     ),
 ]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="The bundle's folder, as python -m export makes it.")]
+BatchSizeOption = Annotated[
+    list[int] | None,
+    typer.Option("--batch-size", min=1, help="Images per call; repeat for more. Default: 1, 64 and 256."),
+]
+BlockOption = Annotated[float, typer.Option("--block-ms", min=1, help="How long one timed block of calls lasts.")]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Threads of each runtime's pool. Default: the CPUs this process may use."),
@@ -67,10 +73,7 @@ def bench() -> None:
 @app.command("run")
 def run_command(
     backend: BackendOption = None,
-    batch_size: Annotated[
-        list[int] | None,
-        typer.Option("--batch-size", min=1, help="Images per call; repeat for more. Default: 1, 64 and 256."),
-    ] = None,
+    batch_size: BatchSizeOption = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
     json: Annotated[
         Path | None,
@@ -87,9 +90,7 @@ def run_command(
             help="How often each backend gets its turn; an interval needs six. Default: 10, fewer on a slow machine.",
         ),
     ] = None,
-    block_ms: Annotated[
-        float, typer.Option("--block-ms", min=1, help="How long one timed block of calls lasts.")
-    ] = DEFAULT_BLOCK_MS,
+    block_ms: BlockOption = DEFAULT_BLOCK_MS,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Accuracy parity and throughput: a table, and a JSON result with the raw samples.
@@ -102,7 +103,7 @@ def run_command(
 
     target = json or RESULTS / f"{bundle.name or bundle.resolve().name}.json"
     plan = _plan(
-        bundle,
+        [bundle],
         backend,
         control=control,
         batch_sizes=tuple(sorted(set(batch_size or DEFAULT_BATCH_SIZES))),
@@ -122,6 +123,62 @@ def run_command(
     write_result(result, target)
     print(f"result: {target}")
     raise typer.Exit(exit_code(result))
+
+
+@app.command("ab")
+def ab_command(
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE_A BUNDLE_B…", help="The base first, then what to compare with it.")
+    ],
+    backend: BackendOption = None,
+    batch_size: BatchSizeOption = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Where the result goes. Default: nowhere.")
+    ] = None,
+    threads: ThreadsOption = None,
+    profile: ProfileOption = Profile.STRICT,
+    rounds: Annotated[int, typer.Option("--rounds", min=6, help="How often each gets its turn.")] = DEFAULT_AB_ROUNDS,
+    block_ms: BlockOption = DEFAULT_BLOCK_MS,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, max=100, help="Percent that a bundle may be slower than the first.")
+    ] = DEFAULT_THRESHOLD_PERCENT,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Compare bundles with the first one in the same rounds of one run.
+
+    Exit code 1 when one is slower, its whole interval below 1 - threshold, when a parity failed, or when a backend did
+    not finish.
+    """
+    _check_names(backend)
+    if len(bundles) < 2:
+        raise BenchError("bench ab compares bundles: name at least two folders, the base first.", EXIT_USAGE)
+    from bench.report import console, print_comparison, print_run
+    from bench.results import check_writable, write_result
+    from bench.run import exit_code, run
+    from bench.summary import slower
+
+    if json is not None:
+        check_writable(json)
+    plan = _plan(
+        bundles,
+        backend,
+        control=False,
+        batch_sizes=tuple(sorted(set(batch_size or DEFAULT_BATCH_SIZES))),
+        rounds=rounds,
+        time_limit_s=None,
+        block_s=block_ms / 1000,
+        threads=threads,
+        profile=profile,
+        timeout_s=timeout,
+    )
+    with _shown_progress() as progress:
+        result = run(plan, progress)
+    print_run(result, console())
+    print_comparison(result, threshold, console())
+    if json is not None:
+        write_result(result, json)
+        print(f"result: {json}")
+    raise typer.Exit(max(exit_code(result), EXIT_NEGATIVE if slower(result.ratios, threshold) else 0))
 
 
 @app.command("backends")
@@ -153,7 +210,7 @@ def parity_command(
     from bench.run import exit_code, run
 
     plan = _plan(
-        bundle,
+        [bundle],
         backend,
         control=control,
         batch_sizes=(),
@@ -198,7 +255,7 @@ def _check_names(names: list[str] | None) -> None:
 
 
 def _plan(
-    bundle: Path,
+    bundles: list[Path],
     backends: list[str] | None,
     *,
     control: bool,
@@ -214,7 +271,7 @@ def _plan(
     from bench.run import Plan
 
     return Plan(
-        bundle=bundle,
+        bundles=tuple(bundles),
         backends=tuple(backends) if backends else None,
         control=control,
         batch_sizes=batch_sizes,

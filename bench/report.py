@@ -14,8 +14,9 @@ from rich.table import Table
 
 from bench.measure import Timing
 from bench.parity import ParityVerdict
-from bench.results import Ratio, Result, Row, SubjectResult
+from bench.results import Against, Ratio, Result, Row, SubjectResult
 from bench.statistics import PairedRatio, Spread
+from bench.summary import slower
 
 FLIPS_SHOWN = 20
 # What a machine that does nothing else uses for itself stays well below.
@@ -34,9 +35,12 @@ def console(stderr: bool = False) -> Console:
 def print_run(result: Result, out: Console) -> None:
     """The table of a run, its ratios against the control, and what failed or was skipped."""
     settings, machine = result.settings, result.environment
+    for bundle in result.bundles:
+        letter = "" if bundle.letter is None else f"{bundle.letter}: "
+        out.print(f"{letter}[bold]{escape(bundle.name)}[/] (bundle {bundle.digest[:12]}) at {escape(bundle.path)}")
     out.print(
-        f"[bold]{escape(result.bundle.name)}[/] (bundle {result.bundle.digest[:12]}), profile {settings.profile}, "
-        f"{settings.threads} threads, {_rounds(result)} interleaved rounds of {settings.block_s * 1000:g} ms"
+        f"profile {settings.profile}, {settings.threads} threads, {_rounds(result)} interleaved rounds of "
+        f"{settings.block_s * 1000:g} ms"
     )
     gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
     out.print(f"{machine.cpu}, {machine.usable_cpus} of {machine.logical_cpus} CPUs{gpus}, {machine.platform}\n")
@@ -53,11 +57,26 @@ def print_run(result: Result, out: Console) -> None:
             "end to end, and the latency: from raw input to logits in host memory. × torch: device throughput over\n"
             "torch's, paired by round, with its 95 % bootstrap interval. –: too few samples, or nothing to compare.\n"
         )
-    if control := [ratio for ratio in result.ratios if ratio.against == "control"]:
-        out.print("[bold]folded against unfolded[/]: throughput, paired by round, with its 95 % bootstrap interval")
-        out.print(_control_table(control))
+    compared: dict[Against, str] = {"control": "folded against unfolded", "base": "each bundle against the first"}
+    for against, title in compared.items():
+        if found := [ratio for ratio in result.ratios if ratio.against == against]:
+            out.print(f"[bold]{title}[/]: throughput, paired by round, with its 95 % bootstrap interval")
+            out.print(_ratios_table(found))
     _print_verdicts(result.subjects, out, only_failed=True)
     _print_absent(result, out)
+
+
+def print_comparison(result: Result, threshold_percent: float, out: Console) -> None:
+    """The verdict on every bundle against the first."""
+    found = slower(result.ratios, threshold_percent)
+    for ratio in found:
+        timing = ratio.timing.replace("_", " ")
+        out.print(
+            f"[red]slower[/] {escape(ratio.numerator)} at batch {ratio.batch_size}, {timing}: "
+            f"{_ratio(ratio.throughput_ratio, '.3f')} of {escape(ratio.denominator)}"
+        )
+    if not found:
+        out.print(f"none is slower than the first by more than {threshold_percent:g} %")
 
 
 def print_parity(result: Result, out: Console) -> None:
@@ -149,14 +168,14 @@ def _find(ratios: Iterable[Ratio], against: str, subject: str, batch_size: int, 
     return next(found, None)
 
 
-def _control_table(control: list[Ratio]) -> Table:
+def _ratios_table(ratios: list[Ratio]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("backend", overflow="fold")
     for name in ("batch", "device", "end to end", "rounds"):
         table.add_column(name, justify="right", overflow="fold")
-    for name, batch_size in dict.fromkeys((ratio.numerator, ratio.batch_size) for ratio in control):
-        device = _find(control, "control", name, batch_size, "device_resident")
-        whole = _find(control, "control", name, batch_size, "end_to_end")
+    for against, name, batch_size in dict.fromkeys((r.against, r.numerator, r.batch_size) for r in ratios):
+        device = _find(ratios, against, name, batch_size, "device_resident")
+        whole = _find(ratios, against, name, batch_size, "end_to_end")
         rounds = device.rounds if device else 0
         table.add_row(name, str(batch_size), _ratio(device, ".3f"), _ratio(whole, ".3f"), str(rounds))
     return table

@@ -22,7 +22,7 @@ from bench.parity import ParityVerdict
 from bench.statistics import PairedRatio, Spread
 from bench.worker import FailureKind
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 
 class _Frozen(BaseModel):
@@ -30,8 +30,12 @@ class _Frozen(BaseModel):
 
 
 class BundleFacts(_Frozen):
-    """Which bundle was measured. `digest` is the SHA-256 of its manifest, which holds the hash of every file."""
+    """Which bundle was measured. `digest` is the SHA-256 of its manifest, which holds the hash of every file.
 
+    `letter` tells the bundles of a run apart; None where there was but one.
+    """
+
+    letter: str | None
     path: str
     name: str
     digest: str
@@ -64,10 +68,15 @@ class WarmUpFacts(_Frozen):
 
 
 class SubjectResult(_Frozen):
-    """A backend with the file that it ran. `label` is the backend's name, with ``:unfolded`` for the control."""
+    """A backend with the file that it ran.
+
+    `label` is the backend's name, with ``@`` and the letter of its bundle in a run of several, and ``:unfolded`` for
+    the control.
+    """
 
     label: str
     backend: str
+    letter: str | None
     device: Device
     file: FileFacts | None
     placement: Placement | None
@@ -114,10 +123,14 @@ class Row(_Frozen):
     end_to_end_latency_ms: Percentiles
 
 
+Against = Literal["torch", "control", "base"]
+"""torch on the same device; the unfolded file on the same backend; the first bundle on the same backend."""
+
+
 class Ratio(_Frozen):
     """Throughput of `numerator` over that of `denominator`, paired by round: above 1, the numerator is faster."""
 
-    against: Literal["torch", "control"]
+    against: Against
     numerator: str
     denominator: str
     batch_size: int
@@ -147,13 +160,13 @@ class Settings(_Frozen):
 class Result(_Frozen):
     """The whole file. `rows` and `ratios` can be derived again from `samples`."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     started_at: datetime
     finished_at: datetime
     load_1min_at_end: float | None
     cpu_busy_percent_at_end: float
     settings: Settings
-    bundle: BundleFacts
+    bundles: tuple[BundleFacts, ...]
     environment: Environment
     subjects: tuple[SubjectResult, ...]
     skipped: tuple[Skipped, ...]

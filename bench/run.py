@@ -5,6 +5,7 @@ Owns the order of things and what becomes of a backend that fails. Knows no runt
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import time
@@ -30,7 +31,7 @@ from bench.results import (
     SubjectResult,
     WarmUpFacts,
 )
-from bench.summary import CONTROL_SUFFIX, ratios, rows
+from bench.summary import CONTROL_SUFFIX, LETTER_SIGN, ratios, rows
 from bench.worker import (
     BadBundle,
     Close,
@@ -65,15 +66,16 @@ class Plan:
     """What to run.
 
     Attributes:
+        bundles: what to run, in the same rounds; the first is what the others are compared with.
         backends: names, or None for all that are available here (except ``null``).
-        control: also run the unfolded file of each backend that runs a folded one.
+        control: also run the first bundle's unfolded file on each backend that runs its folded one.
         rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
         time_limit_s: no further round begins when the run has taken this long; None is no limit.
         block_s: how long one timed block lasts, in seconds.
         timeout_s: how long a worker may take for one answer.
     """
 
-    bundle: Path
+    bundles: tuple[Path, ...]
     backends: tuple[str, ...] | None
     control: bool
     batch_sizes: tuple[int, ...]
@@ -87,15 +89,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend with the file it runs."""
+    """A backend with the file it runs. `letter` tells the bundles of a run apart; None where there is but one."""
 
     backend: Backend
+    bundle: Bundle
+    letter: str | None
     folded: bool
     control: bool = False
 
     @property
     def label(self) -> str:
-        return self.backend.name + (CONTROL_SUFFIX if self.control else "")
+        marked = "" if self.letter is None else f"{LETTER_SIGN}{self.letter}"
+        return self.backend.name + marked + (CONTROL_SUFFIX if self.control else "")
 
 
 class _Lane:
@@ -132,14 +137,14 @@ def run(plan: Plan, progress: Progress) -> Result:
     deadline = time.monotonic() + (math.inf if plan.time_limit_s is None else plan.time_limit_s)
     progress("checking the bundle", 0.0)
     # Resolved once: a new export swaps the folder behind a link, and all of a run must see the same bundle.
-    bundle = _open(plan.bundle.resolve())
-    subjects, skipped = select(bundle, plan)
+    bundles = _letters([_open(path.resolve()) for path in plan.bundles])
+    subjects, skipped = select(bundles, plan)
     environment = describe()
     progress("starting the backends", 0.01)
-    with _workers(plan, bundle.path, subjects) as lanes:
+    with _workers(plan, subjects) as lanes:
         skipped += _load(lanes, asked=plan.backends is not None)
-        samples = _prove_and_measure(plan, bundle, lanes, deadline, progress)
-        results = tuple(_subject_result(bundle, lane) for lane in lanes)
+        samples = _prove_and_measure(plan, lanes, deadline, progress)
+        results = tuple(_subject_result(lane) for lane in lanes)
         busy_at_end = cpu_busy_percent()
     progress("done", 1.0)
     return Result(
@@ -157,7 +162,10 @@ def run(plan: Plan, progress: Progress) -> Result:
             block_s=plan.block_s,
             timeout_s=plan.timeout_s,
         ),
-        bundle=BundleFacts(path=str(plan.bundle), name=bundle.manifest.name, digest=bundle.digest),
+        bundles=tuple(
+            BundleFacts(letter=letter, path=str(path), name=bundle.manifest.name, digest=bundle.digest)
+            for path, (letter, bundle) in zip(plan.bundles, bundles, strict=True)
+        ),
         environment=environment,
         subjects=results,
         skipped=tuple(skipped),
@@ -203,15 +211,22 @@ def _open(path: Path) -> Bundle:
     return bundle
 
 
-def select(bundle: Bundle, plan: Plan) -> tuple[list[Subject], list[Skipped]]:
-    """The subjects of a run, and the backends that nobody named and the bundle has no file for. Raises BenchError."""
+def _letters(bundles: list[Bundle]) -> list[tuple[str | None, Bundle]]:
+    """A, B, C … before each bundle, None where there is but one."""
+    return [(chr(ord("A") + place) if len(bundles) > 1 else None, bundle) for place, bundle in enumerate(bundles)]
+
+
+def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[Subject], list[Skipped]]:
+    """The subjects of a run, and the backends that nobody named and a bundle has no file for. Raises BenchError."""
     names = plan.backends or tuple(name for name in BACKENDS if name != "null")
     subjects: list[Subject] = []
     skipped: list[Skipped] = []
-    for name in dict.fromkeys(names):
+    for name, (letter, bundle) in itertools.product(dict.fromkeys(names), bundles):
         backend = find_backend(name)
+        first = letter == bundles[0][0]
         if backend.format is None:
-            subjects.append(Subject(backend, folded=False))
+            if first:
+                subjects.append(Subject(backend, bundle, None, folded=False))
             continue
         kinds = {
             file.folded
@@ -224,9 +239,9 @@ def select(bundle: Bundle, plan: Plan) -> tuple[list[Subject], list[Skipped]]:
                 raise BenchError(f"{name}: {reason}", EXIT_BAD_INPUT)
             skipped.append(Skipped(backend=name, reason=reason))
             continue
-        subjects.append(Subject(backend, folded=True in kinds))
-        if plan.control and kinds == {True, False}:
-            subjects.append(Subject(backend, folded=False, control=True))
+        subjects.append(Subject(backend, bundle, letter, folded=True in kinds))
+        if plan.control and first and kinds == {True, False}:
+            subjects.append(Subject(backend, bundle, letter, folded=False, control=True))
     if plan.control and not any(subject.control for subject in subjects):
         chosen = ", ".join(names)
         raise BenchError(
@@ -238,7 +253,7 @@ def select(bundle: Bundle, plan: Plan) -> tuple[list[Subject], list[Skipped]]:
 
 
 @contextmanager
-def _workers(plan: Plan, bundle: Path, subjects: Sequence[Subject]) -> Iterator[list[_Lane]]:
+def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[_Lane]]:
     """A started worker for each subject. All load at the same time: nothing is measured yet. However this ends, none is
     left.
     """
@@ -247,7 +262,7 @@ def _workers(plan: Plan, bundle: Path, subjects: Sequence[Subject]) -> Iterator[
         try:
             for subject in subjects:
                 options = Options(plan.threads, plan.profile, subject.folded)
-                job = Job(subject.label, BACKENDS[subject.backend.name], bundle, options)
+                job = Job(subject.label, BACKENDS[subject.backend.name], subject.bundle.path, options)
                 lanes.append(_Lane(subject, Worker(job, plan.timeout_s, Path(folder))))
             yield lanes
             for lane in lanes:
@@ -303,14 +318,11 @@ def _load(lanes: list[_Lane], asked: bool) -> list[Skipped]:
     return skipped
 
 
-def _prove_and_measure(
-    plan: Plan, bundle: Bundle, lanes: list[_Lane], deadline: float, progress: Progress
-) -> tuple[Sample, ...]:
+def _prove_and_measure(plan: Plan, lanes: list[_Lane], deadline: float, progress: Progress) -> tuple[Sample, ...]:
     """Parity of every lane, then its warm-ups, then the rounds. One worker at a time does anything.
 
     After `deadline` (on the clock of `time.monotonic`) no round begins but the first.
     """
-    oracle = bundle.oracle()
     steps = len(lanes) * (1 + (len(plan.batch_sizes) * (1 + plan.rounds) if plan.rounds else 0))
     done = 0
 
@@ -325,7 +337,8 @@ def _prove_and_measure(
             continue
         evaluated = lane.ask(Evaluate(PARITY_BATCH_SIZE), Evaluated)
         if evaluated is not None:
-            lane.parity = judge(evaluated.logits, oracle, bundle.manifest.tolerances, plan.profile)
+            bundle = lane.subject.bundle
+            lane.parity = judge(evaluated.logits, bundle.oracle(), bundle.manifest.tolerances, plan.profile)
     if not plan.rounds:
         return ()
     for lane in lanes:
@@ -368,8 +381,8 @@ def _turn(lane: _Lane, batch_size: int, round_: int, position: int, block_s: flo
     ]
 
 
-def _subject_result(bundle: Bundle, lane: _Lane) -> SubjectResult:
-    backend = lane.subject.backend
+def _subject_result(lane: _Lane) -> SubjectResult:
+    backend, bundle = lane.subject.backend, lane.subject.bundle
     file = None
     if backend.format is not None:
         entry = bundle.entry(backend.format, folded=lane.subject.folded)
@@ -379,6 +392,7 @@ def _subject_result(bundle: Bundle, lane: _Lane) -> SubjectResult:
     return SubjectResult(
         label=lane.subject.label,
         backend=backend.name,
+        letter=lane.subject.letter,
         device=backend.device,
         file=file,
         placement=lane.placement,

@@ -6,14 +6,23 @@ Owns which samples belong together. Knows neither clocks nor tables; the arithme
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from bench.measure import Timing
-from bench.results import Percentiles, Ratio, Row, Sample, SubjectResult
+from bench.results import Against, Percentiles, Ratio, Row, Sample, SubjectResult
 from bench.statistics import paired_ratio, percentile_ms, spread, throughput
 
 TIMINGS: tuple[Timing, ...] = ("device_resident", "end_to_end")
-CONTROL_SUFFIX = ":unfolded"
+CONTROL_SUFFIX, LETTER_SIGN = ":unfolded", "@"
+
+
+def slower(ratios: Sequence[Ratio], threshold_percent: float) -> list[Ratio]:
+    """Those against the base whose whole interval lies below 1 - threshold: slower beyond what noise explains."""
+    bound = 1 - threshold_percent / 100
+    return [
+        ratio
+        for ratio in ratios
+        if ratio.against == "base" and ratio.throughput_ratio.high is not None and ratio.throughput_ratio.high < bound
+    ]
 
 
 def rows(samples: Sequence[Sample]) -> tuple[Row, ...]:
@@ -57,15 +66,21 @@ def _percentiles(samples: Sequence[Sample], subject: str, batch_size: int, timin
 
 
 def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Ratio, ...]:
-    """Every subject against torch on its device, and every folded file against its unfolded control."""
-    labels = [subject.label for subject in subjects]
-    pairs: list[tuple[Literal["torch", "control"], str, str]] = []
+    """Every subject against torch on its device, with the same bundle; every folded file against its unfolded control;
+    and, in a run of several bundles, each against the first on the same backend.
+    """
+    labels = {subject.label: subject for subject in subjects}
+    base = next((subject.letter for subject in subjects if subject.letter is not None), None)
+    pairs: list[tuple[Against, str, str]] = []
     for subject in subjects:
-        reference = f"torch-{subject.device}"
+        marked = "" if subject.letter is None else LETTER_SIGN + subject.letter
+        reference = f"torch-{subject.device}{marked}"
         if reference in labels and subject.label != reference:
             pairs.append(("torch", subject.label, reference))
         if subject.label + CONTROL_SUFFIX in labels:
             pairs.append(("control", subject.label, subject.label + CONTROL_SUFFIX))
+        if subject.letter not in (None, base) and (first := f"{subject.backend}{LETTER_SIGN}{base}") in labels:
+            pairs.append(("base", subject.label, first))
     found = []
     for against, numerator, denominator in pairs:
         for batch_size in sorted({sample.batch_size for sample in samples}):

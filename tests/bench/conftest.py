@@ -73,7 +73,7 @@ def plan(small_bundle: Path) -> Callable[..., Plan]:
     def make(**changes: Any) -> Plan:
         return Plan(
             **{
-                "bundle": small_bundle,
+                "bundles": (small_bundle,),
                 "backends": ("onnx-cpu",),
                 "control": False,
                 "batch_sizes": (1,),
@@ -95,7 +95,7 @@ def result(small_bundle: Path) -> Result:
     """A real result: onnx-cpu with its control, and null, seven rounds of very short blocks."""
     return run(
         Plan(
-            bundle=small_bundle,
+            bundles=(small_bundle,),
             backends=("onnx-cpu", "null"),
             control=True,
             batch_sizes=(1, 8),

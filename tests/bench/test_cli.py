@@ -64,6 +64,21 @@ def test_parity_of_a_right_bundle_passes(small_bundle: Path) -> None:
     assert "onnx-cpu:unfolded" in done.stdout
 
 
+def test_two_bundles_in_one_run(small_bundle: Path, tampered: Callable[..., Path], tmp_path: Path) -> None:
+    """Each has its own parity, both are timed in the same rounds, and the second is set against the first."""
+    path = tmp_path / "ab.json"
+    wrong = tampered(manifest=lambda fields: fields["preprocessing"].update(mean=[0.1307], std=[0.3081]))
+    short = [*SHORT[:4], "--rounds", "6", "--block-ms", "1", "--threads", "1"]
+    done = bench("ab", small_bundle, wrong, *short, "--json", path, "--threshold", "100")
+    assert done.returncode == 1, done.stderr
+    assert "none is slower than the first by more than 100 %" in done.stdout
+    result = Result.model_validate_json(path.read_bytes())
+    assert [subject.label for subject in result.subjects] == ["onnx-cpu@A", "onnx-cpu@B"]
+    assert [subject.parity.passed for subject in result.subjects if subject.parity] == [True, False]
+    assert [bundle.path for bundle in result.bundles] == [str(small_bundle), str(wrong)]
+    assert {(r.against, r.numerator, r.throughput_ratio.rounds) for r in result.ratios} == {("base", "onnx-cpu@B", 6)}
+
+
 def test_backends_never_lies() -> None:
     import torch
 
@@ -82,6 +97,8 @@ def test_backends_never_lies() -> None:
         (["parity", "--backend", "onnx-cpu", "--backend", "onnx"], 2, "unknown backend 'onnx'"),
         (["parity", "--backend", "null"], 2, "computes nothing"),
         (["run", "--bundle", "nowhere"], 4, "no bundle at "),
+        (["ab", "{bundle}"], 2, "at least two"),
+        (["ab", "{bundle}", "nowhere"], 4, "no bundle at "),
         (["run", "--bundle", "{bundle}", "--json", "/dev/null/result.json"], 4, "--json"),
         (["run", "--bundle", "{altered}", "--backend", "onnx-cpu"], 4, "was altered"),
     ],

@@ -64,7 +64,7 @@ def test_a_run_has_every_column(result: Result) -> None:
         ("null", "1"),
         ("null", "8"),
     ]
-    assert result.bundle.digest[:12] in text
+    assert result.bundles[0].digest[:12] in text
     assert max(len(line) for line in text.splitlines()) <= MIN_WIDTH
 
 

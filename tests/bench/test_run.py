@@ -168,7 +168,7 @@ def test_no_backend_at_all_is_an_error(plan: MakePlan, only: Callable[..., None]
 
 
 def test_a_missing_bundle_is_an_error(plan: MakePlan, tmp_path: Path) -> None:
-    error = refusal(plan(bundle=tmp_path / "none"))
+    error = refusal(plan(bundles=(tmp_path / "none",)))
     assert error.exit_code == EXIT_BAD_INPUT
     assert "python -m export" in str(error)
 
@@ -180,16 +180,16 @@ def test_a_bundle_without_a_format(plan: MakePlan, tampered: Callable[..., Path]
     path = tampered(manifest=drop)
     bundle = Bundle.open(path)
     with pytest.raises(BenchError, match="no torchscript file") as caught:
-        select(bundle, plan(backends=("torchscript-cpu",)))
+        select([(None, bundle)], plan(backends=("torchscript-cpu",)))
     assert caught.value.exit_code == EXIT_BAD_INPUT
-    subjects, skipped = select(bundle, plan(backends=None))
+    subjects, skipped = select([(None, bundle)], plan(backends=None))
     assert "torchscript-cpu" not in [subject.label for subject in subjects]
     assert "torchscript-cpu" in [entry.backend for entry in skipped]
 
 
 def test_a_control_of_nothing_is_refused(plan: MakePlan, small_bundle: Path) -> None:
     with pytest.raises(BenchError, match="none of the chosen backends") as caught:
-        select(Bundle.open(small_bundle), plan(backends=("torch-cpu",), control=True))
+        select([(None, Bundle.open(small_bundle))], plan(backends=("torch-cpu",), control=True))
     assert caught.value.exit_code == EXIT_USAGE
 
 
@@ -201,7 +201,7 @@ def test_a_bundle_without_labels_has_no_top1(plan: MakePlan, tampered: Callable[
         del tensors["labels"]
         save_file(tensors, path)
 
-    result = go(plan(bundle=tampered("oracle.safetensors", unlabel), rounds=0))
+    result = go(plan(bundles=(tampered("oracle.safetensors", unlabel),), rounds=0))
     (subject,) = result.subjects
     assert subject.parity is not None
     assert subject.parity.passed

@@ -7,7 +7,7 @@ import pytest
 from bench.backend import Device
 from bench.measure import Timing
 from bench.results import Sample, SubjectResult
-from bench.summary import ratios, rows
+from bench.summary import LETTER_SIGN, ratios, rows, slower
 
 
 def sample(subject: str, round_: int, milliseconds: list[float], timing: Timing, batch_size: int = 4) -> Sample:
@@ -28,10 +28,11 @@ def both(subject: str, round_: int, device_ms: list[float], whole_ms: list[float
     return [sample(subject, round_, device_ms, "device_resident"), sample(subject, round_, whole_ms, "end_to_end")]
 
 
-def subject(label: str, device: Device) -> SubjectResult:
+def subject(label: str, device: Device, letter: str | None = None) -> SubjectResult:
     return SubjectResult(
         label=label,
-        backend=label,
+        backend=label.partition(LETTER_SIGN)[0],
+        letter=letter,
         device=device,
         file=None,
         placement=None,
@@ -75,6 +76,30 @@ def test_ratios_are_against_torch_on_the_same_device_and_against_the_control() -
         ("control", "onnx-cpu", "onnx-cpu:unfolded"),
     }
     assert {ratio.timing for ratio in found} == {"device_resident", "end_to_end"}
+
+
+def test_several_bundles_are_each_against_the_first_and_their_own_torch() -> None:
+    labels = [f"{backend}@{letter}" for backend in ("torch-cpu", "onnx-cpu") for letter in "ABC"]
+    subjects = [subject(label, "cpu", label[-1]) for label in labels]
+    samples = [s for round_ in range(2) for label in labels for s in both(label, round_, [2.0], [4.0])]
+    found = {(ratio.against, ratio.numerator, ratio.denominator) for ratio in ratios(samples, subjects)}
+    assert found == {
+        *(("torch", f"onnx-cpu@{letter}", f"torch-cpu@{letter}") for letter in "ABC"),
+        *(("base", f"{name}@{letter}", f"{name}@A") for name in ("torch-cpu", "onnx-cpu") for letter in "BC"),
+    }
+
+
+def test_slower_is_what_lies_wholly_below_the_threshold() -> None:
+    """A's calls take 10 ms; B's a little more or less in each round, C's 12 ms throughout."""
+    samples = []
+    for round_ in range(8):
+        samples += both("x@A", round_, [10.0], [10.0])
+        samples += both("x@B", round_, [9.5 + 0.2 * round_], [10.0])
+        samples += both("x@C", round_, [12.0], [10.0])
+    subjects = [subject(f"x@{letter}", "cpu", letter) for letter in "ABC"]
+    found = ratios(samples, subjects)
+    assert [(r.numerator, r.timing) for r in slower(found, 5)] == [("x@C", "device_resident")]
+    assert not slower(found, 20), "10/12 is above 1 - 20 %"
 
 
 def test_a_round_that_only_one_of_two_finished_is_left_out() -> None:

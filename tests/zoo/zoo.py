@@ -63,8 +63,8 @@ def measure(name: str, model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         "norms": norms,
         "parameters": parameters,
     }
-    result["peers"] = peers(model.eval(), x.float()) if norms else {}
     model = enliven(model, x)
+    result["peers"] = peers(copy.deepcopy(model).float(), x.float()) if norms else {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     folded = fold_batchnorm(model, (x,))
