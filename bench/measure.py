@@ -8,6 +8,7 @@ exists (see `bench.backend.Session`).
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ MAX_CALLS_PER_BLOCK = 10_000
 LEAD_IN_S = 0.01
 # A fresh TorchScript module compiles at its second call and CUDA convolutions search at the first of every shape.
 WARM_UP_CALLS, WARM_UP_S, WARM_UP_LIMIT_CALLS, WARM_UP_LIMIT_S = 10, 0.2, 3, 2.0
+STEADY_WITHIN = 0.03
+OVERHEAD_S = 0.01
 # onnxruntime's pool was seen spinning for 40 ms after a call, using one core: two orders above what counts as quiet.
 QUIET_WINDOW_S, QUIET_SHARE, QUIET_LIMIT_S = 0.01, 0.1, 1.0
 
@@ -34,24 +37,32 @@ class Block:
         started_at_unix_s: wall clock when the first timed call began.
         started_at_monotonic_ns: the same moment on the clock that times the calls (`time.perf_counter_ns`).
         durations_ns: one for each call, in order.
+        energy_j: what each counter of the machine counted meanwhile, everything that ran included.
     """
 
     timing: Timing
     started_at_unix_s: float
     started_at_monotonic_ns: int
     durations_ns: tuple[int, ...]
+    energy_j: dict[str, float]
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """How much was run before the first timed block."""
+    """How much was run before the first timed block. `settled` is False where the limit came before steady calls."""
 
     calls: int
     seconds: float
+    settled: bool
 
 
-def timed_block(call: Callable[[], object], timing: Timing, seconds: float) -> Block:
-    """Time single calls of `call` until `seconds` have passed, at least one and at most `MAX_CALLS_PER_BLOCK`."""
+def timed_block(
+    call: Callable[[], object], timing: Timing, seconds: float, energy: Callable[[], dict[str, float]] = dict
+) -> Block:
+    """Time single calls of `call` until `seconds` have passed, at least one and at most `MAX_CALLS_PER_BLOCK`.
+
+    `energy` reads the machine's counters, in joules, at both ends of the block.
+    """
     clock = time.perf_counter_ns
     lead_in_end = clock() + int(LEAD_IN_S * 1e9)
     call()
@@ -60,6 +71,7 @@ def timed_block(call: Callable[[], object], timing: Timing, seconds: float) -> B
     durations: list[int] = []
     append = durations.append
     collecting = gc.isenabled()
+    energy_before = energy()
     gc.disable()  # a collection of the harness's own garbage would land in somebody's p99
     try:
         started_at_unix_s = time.time()
@@ -75,24 +87,45 @@ def timed_block(call: Callable[[], object], timing: Timing, seconds: float) -> B
     finally:
         if collecting:
             gc.enable()
-    return Block(timing, started_at_unix_s, started, tuple(durations))
+    energy_j = {counter: joules - energy_before[counter] for counter, joules in energy().items()}
+    return Block(timing, started_at_unix_s, started, tuple(durations), energy_j)
+
+
+def timer_overhead_ns() -> float:
+    """What the clock adds to the duration of a call in `timed_block`: the median over calls that do nothing."""
+    return statistics.median(timed_block(_nothing, "device_resident", OVERHEAD_S).durations_ns)
+
+
+def _nothing() -> None:
+    pass
 
 
 def warm_up(call: Callable[[], object]) -> WarmUp:
     """Call until caches, allocators, compilers and algorithm searches have had their chance.
 
-    Ten calls and 0.2 s; where a call is so slow that this takes 2 s, three calls.
+    At least ten calls and 0.2 s, and then until the median of the newest third of all calls is that of the third before
+    (within 3 %). At most 2 s; where a call is slower than that allows, three calls.
     """
-    calls, started = 0, time.perf_counter()
+    durations: list[float] = []
+    look_at = WARM_UP_S
+    started = before = time.perf_counter()
     while True:
         call()
-        calls += 1
-        seconds = time.perf_counter() - started
-        if calls >= WARM_UP_CALLS and seconds >= WARM_UP_S:
-            break
-        if calls >= WARM_UP_LIMIT_CALLS and seconds >= WARM_UP_LIMIT_S:
-            break
-    return WarmUp(calls, seconds)
+        now = time.perf_counter()
+        durations.append(now - before)
+        before, seconds = now, now - started
+        if len(durations) >= WARM_UP_CALLS and seconds >= look_at:
+            if _is_steady(durations):
+                return WarmUp(len(durations), seconds, settled=True)
+            look_at = 1.2 * seconds
+        if len(durations) >= WARM_UP_LIMIT_CALLS and seconds >= WARM_UP_LIMIT_S:
+            return WarmUp(len(durations), seconds, settled=False)
+
+
+def _is_steady(durations: list[float]) -> bool:
+    third = len(durations) // 3
+    newest, older = statistics.median(durations[-third:]), statistics.median(durations[-2 * third : -third])
+    return abs(newest - older) <= STEADY_WITHIN * older
 
 
 def wait_until_quiet() -> float:

@@ -5,24 +5,32 @@ Owns the tables and the sentences around them. Computes nothing: every figure is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.compare import Compared, Comparison, regressions
+from bench.environment import BUSY_PERCENT, Environment
+from bench.loadgen import OFFICIAL_MIN_DURATION_S, Scenario
 from bench.measure import Timing
 from bench.parity import ParityVerdict
-from bench.results import Against, Ratio, Result, Row, SubjectResult
-from bench.statistics import PairedRatio, Spread
+from bench.results import Against, Ratio, Result, Row, Skipped, SubjectResult
+from bench.statistics import MedianRatio, PairedRatio, Spread
 from bench.summary import slower
 
+if TYPE_CHECKING:
+    from bench.doctor import Finding
+    from bench.scenarios import ScenarioResult, ScenarioRow
+
 FLIPS_SHOWN = 20
-# What a machine that does nothing else uses for itself stays well below.
-BUSY_PERCENT = 10
 # What the widest table needs. In a narrower window or a log its lines are long; rich would cut figures off instead.
-MIN_WIDTH = 140
+MIN_WIDTH = 160
+# The clock's own share of a call, in percent, from which on a row says so.
+TIMER_PERCENT = 0.1
 
 
 def console(stderr: bool = False) -> Console:
@@ -34,7 +42,7 @@ def console(stderr: bool = False) -> Console:
 
 def print_run(result: Result, out: Console) -> None:
     """The table of a run, its ratios against the control, and what failed or was skipped."""
-    settings, machine = result.settings, result.environment
+    settings = result.settings
     for bundle in result.bundles:
         letter = "" if bundle.letter is None else f"{bundle.letter}: "
         out.print(f"{letter}[bold]{escape(bundle.name)}[/] (bundle {bundle.digest[:12]}) at {escape(bundle.path)}")
@@ -42,28 +50,23 @@ def print_run(result: Result, out: Console) -> None:
         f"profile {settings.profile}, {settings.threads} threads, {_rounds(result)} interleaved rounds of "
         f"{settings.block_s * 1000:g} ms"
     )
-    gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
-    out.print(f"{machine.cpu}, {machine.usable_cpus} of {machine.logical_cpus} CPUs{gpus}, {machine.platform}\n")
-    busy = max(machine.cpu_busy_percent, result.cpu_busy_percent_at_end)
-    if busy > BUSY_PERCENT:
-        out.print(
-            f"[yellow]warning[/] other processes used {busy:.0f} % of the CPUs while no backend ran: expect these "
-            "figures to be low and to scatter. Run again on a quiet machine.\n"
-        )
+    _print_machine(result.environment, result.cpu_busy_percent_at_end, out)
     if result.rows:
         out.print(_rows_table(result))
         out.print(
-            "images/s: median of the rounds ± half their interquartile range. device: the model on prepared input.\n"
-            "end to end, and the latency: from raw input to logits in host memory. × torch: device throughput over\n"
-            "torch's, paired by round, with its 95 % bootstrap interval. –: too few samples, or nothing to compare.\n"
+            "images/s: median of the rounds ± half of its 95 % interval; stable: at most 1 %. device: the model on\n"
+            "prepared input. end to end, and the latency: from raw input to logits in host memory. p99 at most: what\n"
+            "it does not exceed with 95 % confidence. × torch: device throughput over torch's, paired by round, with\n"
+            "its 95 % bootstrap interval. –: too few samples, or nothing to compare.\n"
         )
+        _print_sensors(result, out)
     compared: dict[Against, str] = {"control": "folded against unfolded", "base": "each bundle against the first"}
     for against, title in compared.items():
         if found := [ratio for ratio in result.ratios if ratio.against == against]:
             out.print(f"[bold]{title}[/]: throughput, paired by round, with its 95 % bootstrap interval")
             out.print(_ratios_table(found))
-    _print_verdicts(result.subjects, out, only_failed=True)
-    _print_absent(result, out)
+    _print_failed(result.subjects, out)
+    _print_absent(result.subjects, result.skipped, out)
 
 
 def print_comparison(result: Result, threshold_percent: float, out: Console) -> None:
@@ -79,8 +82,63 @@ def print_comparison(result: Result, threshold_percent: float, out: Console) -> 
         out.print(f"none is slower than the first by more than {threshold_percent:g} %")
 
 
+def print_two_runs(
+    base: Result,
+    head: Result,
+    comparison: Comparison,
+    differences: Sequence[str],
+    threshold_percent: float,
+    out: Console,
+) -> None:
+    """The head's run against the base's: the table, what can't be compared, and the verdict."""
+    for name, result in (("base", base), ("head", head)):
+        measured = ", ".join(f"{escape(bundle.name)} (bundle {bundle.digest[:12]})" for bundle in result.bundles)
+        busy = max(result.environment.cpu_busy_percent, result.cpu_busy_percent_at_end)
+        advice = " [yellow](expect the figures to scatter)[/]" if busy > BUSY_PERCENT else ""
+        out.print(
+            f"{name}: {measured}, {result.started_at:%Y-%m-%d %H:%M} UTC, {_rounds(result)} rounds; other processes "
+            f"used {busy:.0f} % of the CPUs{advice}"
+        )
+    for difference in differences:
+        out.print(f"[yellow]warning[/] not the same machine: {escape(difference)}")
+    out.print(_two_runs_table(comparison.found))
+    out.print(
+        "images/s: median of the rounds. ratio: head over base, with its 95 % bootstrap interval; –: fewer than six\n"
+        "rounds. null is shown for the harness's sake and not judged. Two runs are weaker evidence than one: what\n"
+        "differed between their moments is not in the interval. bench ab measures both bundles in the same rounds.\n"
+    )
+    for name, keys in (("base", comparison.only_in_base), ("head", comparison.only_in_head)):
+        if keys:
+            out.print(f"only in the {name}, not compared: {escape(', '.join(keys))}")
+    for label in comparison.broken:
+        out.print(f"[red]did not finish[/] {escape(label)} in the head; it did in the base")
+    found = regressions(comparison, threshold_percent)
+    for compared in found:
+        timing = compared.timing.replace("_", " ")
+        out.print(
+            f"[red]slower[/] {escape(compared.subject)} at batch {compared.batch_size}, {timing}: "
+            f"{_ratio(compared.throughput_ratio, '.3f')} of the base"
+        )
+    if not found:
+        out.print(f"none is slower than the base by more than {threshold_percent:g} %")
+
+
+def print_findings(findings: Sequence[Finding], out: Console) -> None:
+    """What `bench doctor` saw: each finding with its fix below it, and how many there are of each severity."""
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        colour = {"ok": "green", "warning": "yellow", "error": "red"}[finding.severity]
+        told = escape(finding.seen) + ("" if finding.fix is None else f"\n[bold]fix:[/] {escape(finding.fix)}")
+        table.add_row(f"[{colour}]{finding.severity}[/]", escape(finding.check), told)
+    out.print(table)
+    errors, warnings, ok = (sum(f.severity == severity for f in findings) for severity in ("error", "warning", "ok"))
+    out.print(f"\nerrors: {errors}, warnings: {warnings}, ok: {ok}")
+
+
 def print_parity(result: Result, out: Console) -> None:
-    """The verdict of every backend, with every flip up to a limit."""
+    """Every flip, then the verdict of every backend and, where it was looked for, the first node that diverges."""
+    for subject in result.subjects:
+        _print_flips(subject, None, out)
     table = Table(box=box.SIMPLE_HEAD)
     for name in (
         "backend",
@@ -89,6 +147,8 @@ def print_parity(result: Result, out: Console) -> None:
         "top-1 %",
         "oracle's",
         "flips",
+        "McNemar b, c",
+        "p",
         "max error",
         "RMS error",
         "× float32's own",
@@ -103,13 +163,82 @@ def print_parity(result: Result, out: Console) -> None:
                 _number(parity.top1_percent, ".2f"),
                 _number(parity.oracle_top1_percent, ".2f"),
                 _flips(parity),
+                "–" if parity.mcnemar is None else f"{parity.mcnemar.b}, {parity.mcnemar.c}",
+                "–" if parity.mcnemar is None else _number(parity.mcnemar.p_value, ".3g"),
                 _number(parity.max_abs_error, ".2g"),
                 _number(parity.rms_error, ".2g"),
                 _number(parity.rms_error_in_float32_errors, ".2f"),
             )
     out.print(table)
-    _print_verdicts(result.subjects, out, only_failed=False)
-    _print_absent(result, out)
+    out.print(
+        "b: right by the oracle and wrong here, c: the other way round; p: two-sided exact binomial test of b against\n"
+        "c. Errors are those of the logits against the float64 oracle's.\n"
+    )
+    for subject in result.subjects:
+        _print_verdict(subject, out)
+    _print_absent(result.subjects, result.skipped, out)
+
+
+def print_scenario(result: ScenarioResult, out: Console) -> None:
+    """What LoadGen found for every backend, and why that is no official MLPerf result."""
+    settings = result.settings
+    for bundle in result.bundles:
+        out.print(f"[bold]{escape(bundle.name)}[/] (bundle {bundle.digest[:12]}) at {escape(bundle.path)}")
+    out.print(
+        f"MLPerf LoadGen {escape(result.loadgen_version or '–')}, scenario [bold]{settings.scenario}[/], runs of at "
+        f"least {settings.min_duration_s:g} s, batches of {settings.batch_size}, profile {settings.profile}, "
+        f"{settings.threads} threads"
+    )
+    out.print(
+        f"[yellow]not an official MLPerf result[/]: the rules ask for runs of {OFFICIAL_MIN_DURATION_S:g} s, a model "
+        "and data of the benchmark, and a review"
+    )
+    _print_machine(result.environment, result.cpu_busy_percent_at_end, out)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("backend", overflow="fold")
+    for name in ("result", "LoadGen's\nverdict", "p50\nms", "p90\nms", "p99\nms", "queries", "images", "parity", "top-1\n%"):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in result.rows:
+        if row.reported is not None:
+            run, parity = row.runs[row.reported], row.subject.parity
+            latency = [run.latency_ms.p50, run.latency_ms.p90, run.latency_ms.p99]
+            table.add_row(
+                escape(row.subject.label),
+                _scenario_result(row, settings.scenario),
+                "[green]VALID[/]" if run.verdict == "VALID" else "[red]INVALID[/]",
+                # Offline is one query: its latency is that of the whole run.
+                *("–" if settings.scenario is Scenario.OFFLINE else _number(value, ".3g") for value in latency),
+                f"{run.queries:,}",
+                f"{run.images:,}",
+                "–" if parity is None else _verdict(parity),
+                "–" if parity is None else _number(parity.top1_percent, ".2f"),
+            )
+    out.print(table)
+    out.print("latency: from when a query was due to its answer, raw input to logits in host memory, by LoadGen.\n")
+    for row in result.rows:
+        if row.missed_queries_per_s is not None:
+            bound = f"a p99 of {settings.latency_bound_ms:g} ms"
+            rates = [run.queries_per_s or 0.0 for run in row.runs if run.verdict == "VALID"]
+            held = f"{max(rates):,.4g} queries/s held {bound}" if rates else f"no rate that was tried held {bound}"
+            out.print(f"{escape(row.subject.label)}: {held}, {row.missed_queries_per_s:,.4g} queries/s did not")
+        if row.reported is not None and (unmet := row.runs[row.reported].unmet):
+            out.print(f"[red]INVALID[/] {escape(row.subject.label)}: LoadGen calls not satisfied: {', '.join(unmet)}")
+    _print_failed([row.subject for row in result.rows], out)
+    _print_absent([row.subject for row in result.rows], result.skipped, out)
+
+
+def _scenario_result(row: ScenarioRow, scenario: Scenario) -> str:
+    """The figure that MLPerf reports for a scenario."""
+    if row.reported is None:
+        return "–"
+    run = row.runs[row.reported]
+    if scenario is Scenario.SERVER:
+        return "–" if run.verdict == "INVALID" else f"{_number(run.queries_per_s, ',.4g')} queries/s"
+    if scenario is Scenario.OFFLINE:
+        return f"{_number(run.images_per_s, ',.0f')} images/s"
+    if scenario is Scenario.SINGLE_STREAM:
+        return f"p90 {run.latency_ms.p90:.3g} ms"
+    return f"p99 {run.latency_ms.p99:.3g} ms"
 
 
 def print_backends(reasons: dict[str, str | None], out: Console) -> None:
@@ -133,6 +262,8 @@ def _rows_table(result: Result) -> Table:
         "p50\nms",
         "p90\nms",
         "p99\nms",
+        "p99\nat most",
+        "verdict",
         "parity",
         "top-1\n%",
         "flips",
@@ -153,13 +284,30 @@ def _cells(row: Row, subject: SubjectResult, ratios: Iterable[Ratio]) -> Iterato
     yield str(row.batch_size)
     yield _spread(row.device_resident_throughput_images_per_s)
     yield _spread(row.end_to_end_throughput_images_per_s)
-    for value in (row.end_to_end_latency_ms.p50, row.end_to_end_latency_ms.p90, row.end_to_end_latency_ms.p99):
+    latency = row.end_to_end_latency_ms
+    for value in (latency.p50, latency.p90, latency.p99, latency.p99_upper):
         yield _number(value, ".3g" if (value or 0) < 100 else ".0f")
+    yield row.verdict
     yield "–" if subject.parity is None else _verdict(subject.parity)
     yield "–" if subject.parity is None else _number(subject.parity.top1_percent, ".2f")
     yield "–" if subject.parity is None else _flips(subject.parity)
     yield "–" if subject.parity is None else _number(subject.parity.max_abs_error, ".1e")
     yield _ratio(_find(ratios, "torch", row.subject, row.batch_size, "device_resident"), ".3g")
+
+
+def _print_sensors(result: Result, out: Console) -> None:
+    """What throttled a GPU, energy where the machine counts it, and rows in which the clock itself is felt."""
+    for gpu in (gpu for reading in result.readings for gpu in reading.gpus if gpu.throttled_by):
+        out.print(f"[yellow]warning[/] {escape(gpu.name)} was slowed down by: {', '.join(gpu.throttled_by)}")
+    for row in result.rows:
+        joules = ", ".join(f"{joule * 1000:.3g} mJ ({counter})" for counter, joule in row.energy_per_image_j.items())
+        if joules:
+            out.print(f"energy per image, {escape(row.subject)} at batch {row.batch_size}: {joules}")
+        if (row.timer_share_percent or 0) > TIMER_PERCENT and row.subject != "null":
+            out.print(
+                f"[yellow]warning[/] {escape(row.subject)} at batch {row.batch_size}: the clock itself is "
+                f"{row.timer_share_percent:.2g} % of a call"
+            )
 
 
 def _find(ratios: Iterable[Ratio], against: str, subject: str, batch_size: int, timing: Timing) -> PairedRatio | None:
@@ -181,44 +329,77 @@ def _ratios_table(ratios: list[Ratio]) -> Table:
     return table
 
 
-def _print_verdicts(subjects: Iterable[SubjectResult], out: Console, *, only_failed: bool) -> None:
+def _two_runs_table(found: Iterable[Compared]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("backend", overflow="fold")
+    for name in ("batch", "timing", "base\nimages/s", "head\nimages/s", "ratio"):
+        table.add_column(name, justify="left" if name == "timing" else "right", overflow="fold")
+    for compared in found:
+        ratio = compared.throughput_ratio
+        table.add_row(
+            escape(compared.subject),
+            str(compared.batch_size),
+            compared.timing.replace("_", " "),
+            _images_per_s(ratio.denominator_median),
+            _images_per_s(ratio.numerator_median),
+            _ratio(ratio, ".3f") if ratio.low is not None else f"{_ratio(ratio, '.3f')} (–)",
+        )
+    return table
+
+
+def _print_failed(subjects: Iterable[SubjectResult], out: Console) -> None:
+    """What is wrong with those whose parity failed, and the first of their flips."""
     for subject in subjects:
-        parity = subject.parity
-        if parity is None or (only_failed and parity.passed):
-            continue
-        if not parity.passed:
-            reasons = "; ".join(parity.failures)
-            out.print(f"[red]parity FAILED[/] {escape(subject.label)} ({parity.profile}): {escape(reasons)}.")
-        for flip in (parity.flips or ())[:FLIPS_SHOWN]:
-            label = "no label" if flip.label is None else f"label {flip.label}"
-            out.print(
-                f"  {escape(subject.label)}: image {flip.image_index}, {label}: "
-                f"the oracle says {flip.oracle_prediction} by a margin of {flip.margin:.3g}, here {flip.prediction}"
-            )
-        if (more := len(parity.flips or ()) - FLIPS_SHOWN) > 0:
-            out.print(f"  {escape(subject.label)}: {more} more flips")
+        if subject.parity is not None and not subject.parity.passed:
+            _print_verdict(subject, out)
+            _print_flips(subject, FLIPS_SHOWN, out)
 
 
-def _print_absent(result: Result, out: Console) -> None:
-    for subject in result.subjects:
+def _print_verdict(subject: SubjectResult, out: Console) -> None:
+    if (parity := subject.parity) is not None and not parity.passed:
+        reasons = "; ".join(parity.failures)
+        out.print(f"[red]parity FAILED[/] {escape(subject.label)} ({parity.profile}): {escape(reasons)}.")
+    if subject.bisection is not None:
+        out.print(f"  {escape(subject.label)}: {escape(subject.bisection.in_words())}")
+
+
+def _print_flips(subject: SubjectResult, limit: int | None, out: Console) -> None:
+    """The first `limit` flips, all of them where it is None."""
+    flips = () if subject.parity is None else subject.parity.flips or ()
+    for flip in flips[:limit]:
+        label = "no label" if flip.label is None else f"label {flip.label}"
+        out.print(
+            f"  {escape(subject.label)}: image {flip.image_index}, {label}: "
+            f"the oracle says {flip.oracle_prediction} by a margin of {flip.margin:.3g}, here {flip.prediction}"
+        )
+    if limit is not None and len(flips) > limit:
+        out.print(f"  {escape(subject.label)}: {len(flips) - limit} more flips, see bench parity")
+
+
+def _print_absent(subjects: Iterable[SubjectResult], skipped: Iterable[Skipped], out: Console) -> None:
+    for subject in subjects:
         if subject.failure is not None:
             out.print(f"[red]{subject.failure.kind}[/] {escape(subject.label)}: {escape(subject.failure.message)}")
             if subject.failure.trace:
                 out.print(escape(subject.failure.trace), style="dim")
     by_reason: dict[str, list[str]] = {}
-    for entry in result.skipped:
+    for entry in skipped:
         by_reason.setdefault(entry.reason, []).append(entry.backend)
     for reason, backends in by_reason.items():
         out.print(f"[dim]skipped {escape(', '.join(backends))}: {escape(reason)}[/]")
 
 
 def _spread(spread: Spread) -> str:
-    half = 50 * (spread.upper_quartile - spread.lower_quartile) / spread.median
     digits = ",.0f" if spread.median >= 100 else ",.1f"
-    return f"{spread.median:{digits}} ±{half:.1f}%"
+    half = spread.half_width_percent
+    return f"{spread.median:{digits}}" + ("" if half is None else f" ±{half:.1f}%")
 
 
-def _ratio(ratio: PairedRatio | None, digits: str) -> str:
+def _images_per_s(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+
+
+def _ratio(ratio: PairedRatio | MedianRatio | None, digits: str) -> str:
     if ratio is None:
         return "–"
     if ratio.low is None or ratio.high is None:
@@ -227,8 +408,8 @@ def _ratio(ratio: PairedRatio | None, digits: str) -> str:
 
 
 def _rounds(result: Result) -> str:
-    done = len({sample.round for sample in result.samples})
-    return str(done) if done == result.settings.rounds else f"{done} of {result.settings.rounds} (time limit)"
+    done, asked = len({sample.round for sample in result.samples}), result.settings.rounds
+    return str(done) if asked in (None, done) else f"{done} of {asked} (time limit)"
 
 
 def _verdict(parity: ParityVerdict) -> str:

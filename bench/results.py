@@ -1,24 +1,27 @@
 """The result of a run as a file: raw samples first, and what was derived from them.
 
-Owns the schema of the JSON, with units in the names of its fields, and writing it whole or not at all. Knows neither
-how the samples were taken nor how they are shown.
+Owns the schema of the JSON, with units in the names of its fields, writing it whole or not at all, and reading it.
+Knows neither how the samples were taken nor how they are shown.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.backend import Device, Placement, Profile, Setting
+from bench.bisect import Bisection
 from bench.environment import Environment
 from bench.errors import EXIT_BAD_INPUT, BenchError
 from bench.measure import Timing
 from bench.parity import ParityVerdict
+from bench.sensors import Reading
 from bench.statistics import PairedRatio, Spread
 from bench.worker import FailureKind
 
@@ -60,18 +63,20 @@ class Failure(_Frozen):
 
 
 class WarmUpFacts(_Frozen):
-    """What was run before the first timed block."""
+    """What was run before the first timed block. `settled` is False where the calls were still not alike."""
 
     batch_size: int
     calls: int
     seconds: float
+    settled: bool
 
 
 class SubjectResult(_Frozen):
     """A backend with the file that it ran.
 
     `label` is the backend's name, with ``@`` and the letter of its bundle in a run of several, and ``:unfolded`` for
-    the control.
+    the control. `timer_overhead_ns` is what the clock adds to a call's duration in its process; `peak_memory_bytes` the
+    largest resident memory of that process, and `peak_gpu_memory_bytes` what it held of its GPU's.
     """
 
     label: str
@@ -81,8 +86,12 @@ class SubjectResult(_Frozen):
     file: FileFacts | None
     placement: Placement | None
     settings: dict[str, Setting]
+    timer_overhead_ns: float | None
+    peak_memory_bytes: int | None
+    peak_gpu_memory_bytes: int | None
     warm_ups: tuple[WarmUpFacts, ...]
     parity: ParityVerdict | None
+    bisection: Bisection | None = None
     failure: Failure | None
 
 
@@ -90,7 +99,8 @@ class Sample(_Frozen):
     """A timed block: calls timed one after the other without a pause, each on `batch_size` images.
 
     `position` is the place of the block's turn within its round; `quiet_after_s` is how long the runtime's threads kept
-    using the CPU after the turn, which the next turn waited for.
+    using the CPU after the turn, which the next turn waited for. `energy_j` is what the machine's counters counted
+    during the block, everything that ran included.
     """
 
     subject: str
@@ -101,19 +111,30 @@ class Sample(_Frozen):
     started_at_unix_s: float
     started_at_monotonic_ns: int
     durations_ns: tuple[int, ...]
+    energy_j: dict[str, float]
     quiet_after_s: float
 
 
 class Percentiles(_Frozen):
-    """Order statistics over every call of every round, in ms; None where the samples are too few to have it."""
+    """Order statistics over every call of every round, in ms; None where the samples are too few to have it.
+
+    The true percentile does not exceed its `_upper` with 95 % confidence.
+    """
 
     p50: float | None
+    p50_upper: float | None
     p90: float | None
+    p90_upper: float | None
     p99: float | None
+    p99_upper: float | None
 
 
 class Row(_Frozen):
-    """What was found for a subject at a batch size. Throughputs are those of the rounds' blocks."""
+    """What was found for a subject at a batch size. Throughputs are those of the rounds' blocks.
+
+    `verdict` is stable where both medians are known to within 1 %. `timer_share_percent` is how much of a call on the
+    device is the clock's own. `energy_per_image_j` is by counter, and empty where the machine has none.
+    """
 
     subject: str
     batch_size: int
@@ -121,6 +142,9 @@ class Row(_Frozen):
     end_to_end_throughput_images_per_s: Spread
     device_resident_latency_ms: Percentiles
     end_to_end_latency_ms: Percentiles
+    verdict: Literal["stable", "unstable"]
+    timer_share_percent: float | None
+    energy_per_image_j: dict[str, float]
 
 
 Against = Literal["torch", "control", "base"]
@@ -146,19 +170,24 @@ class Skipped(_Frozen):
 
 
 class Settings(_Frozen):
-    """What the run was asked for. Fewer rounds than `rounds` were done where `time_limit_s` was reached before."""
+    """What the run was asked for. Fewer rounds than `rounds` were done where `time_limit_s` was reached before; where
+    it is None, rounds went on until they told nothing new, or until that limit.
+    """
 
     profile: Profile
     threads: int
     batch_sizes: tuple[int, ...]
-    rounds: int
+    rounds: int | None
     time_limit_s: float | None
     block_s: float
     timeout_s: float
 
 
 class Result(_Frozen):
-    """The whole file. `rows` and `ratios` can be derived again from `samples`."""
+    """The whole file. `rows` and `ratios` can be derived again from `samples`.
+
+    `readings` are the machine's clocks, temperatures and power before the first block and after the last.
+    """
 
     schema_version: Literal[2]
     started_at: datetime
@@ -168,6 +197,7 @@ class Result(_Frozen):
     settings: Settings
     bundles: tuple[BundleFacts, ...]
     environment: Environment
+    readings: tuple[Reading, Reading]
     subjects: tuple[SubjectResult, ...]
     skipped: tuple[Skipped, ...]
     samples: tuple[Sample, ...]
@@ -194,7 +224,7 @@ def check_writable(path: Path) -> None:
         ) from None
 
 
-def write_result(result: Result, path: Path) -> None:
+def write_result(result: BaseModel, path: Path) -> None:
     """Write the JSON: a reader sees the old file or the new one. Raises BenchError (bad input), the old one intact."""
     target = path.resolve()
     scratch = None
@@ -217,6 +247,40 @@ def write_result(result: Result, path: Path) -> None:
     finally:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file. Raises BenchError (bad input) for one that is missing, cut off, no JSON, of another
+    version of the schema, or no result.
+    """
+    remedy = "Name a file that bench run or bench ab wrote with --json."
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BenchError(f"no result can be read at {path}: {error.strerror}. {remedy}", EXIT_BAD_INPUT) from None
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise BenchError(
+            f"{path} is not JSON, or only the beginning of it: {error}. {remedy}", EXIT_BAD_INPUT
+        ) from None
+    if not isinstance(fields, dict) or "schema_version" not in fields:
+        raise BenchError(f"{path} is JSON, but no result: it has no schema_version. {remedy}", EXIT_BAD_INPUT)
+    if fields["schema_version"] != SCHEMA_VERSION:
+        raise BenchError(
+            f"{path} has schema version {fields['schema_version']!r}; this bench reads version {SCHEMA_VERSION}. "
+            "Measure again, or read the file with the ninefold that wrote it.",
+            EXIT_BAD_INPUT,
+        )
+    try:
+        return Result.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise BenchError(
+            f"{path} is not a whole result: {field}: {first['msg']}. {remedy}",
+            EXIT_BAD_INPUT,
+        ) from None
 
 
 def _umask() -> int:

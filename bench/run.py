@@ -14,11 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
+from bench import sensors
 from bench.backend import BACKENDS, Backend, Options, Placement, Profile, Setting, find_backend
-from bench.environment import cpu_busy_percent, describe, load_1min
+from bench.bisect import Bisection
+from bench.environment import Environment, cpu_busy_percent, describe, load_1min
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
-from bench.parity import ParityVerdict, judge
+from bench.parity import ParityVerdict, judge, worst_images
 from bench.results import (
     SCHEMA_VERSION,
     BundleFacts,
@@ -31,9 +34,10 @@ from bench.results import (
     SubjectResult,
     WarmUpFacts,
 )
-from bench.summary import CONTROL_SUFFIX, LETTER_SIGN, ratios, rows
+from bench.summary import CONTROL_SUFFIX, LETTER_SIGN, decided, enough, ratios, rows
 from bench.worker import (
     BadBundle,
+    Bisect,
     Close,
     Evaluate,
     Evaluated,
@@ -58,7 +62,11 @@ Progress = Callable[[str, float], None]
 # Any size would do; this one doesn't divide the usual counts of images, so that every backend is judged at two batch
 # sizes.
 PARITY_BATCH_SIZE = 192
+# Rounds whose number is not given: the first look at them, and the last of all.
+MIN_ROUNDS, MAX_ROUNDS = 10, 200
 STRAY_NODES_SHOWN = 5
+# Enough to tell a value from another; every intermediate of so many is in memory at once.
+BISECTED_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -70,21 +78,27 @@ class Plan:
         backends: names, or None for all that are available here (except ``null``).
         control: also run the first bundle's unfolded file on each backend that runs its folded one.
         rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
+            None: until more rounds would tell little more (see `bench.summary.enough`), at most `MAX_ROUNDS`.
+        bound: where it is given, and `rounds` isn't, rounds go on until every ratio against the first bundle lies on
+            one side of it with its whole interval.
         time_limit_s: no further round begins when the run has taken this long; None is no limit.
         block_s: how long one timed block lasts, in seconds.
         timeout_s: how long a worker may take for one answer.
+        bisect: after which verdicts on an ONNX backend to look for the first node that diverges.
     """
 
     bundles: tuple[Path, ...]
     backends: tuple[str, ...] | None
     control: bool
     batch_sizes: tuple[int, ...]
-    rounds: int
+    rounds: int | None
+    bound: float | None
     time_limit_s: float | None
     block_s: float
     threads: int
     profile: Profile
     timeout_s: float
+    bisect: Literal["never", "failed", "always"] = "never"
 
 
 @dataclass(frozen=True)
@@ -103,16 +117,23 @@ class Subject:
         return self.backend.name + marked + (CONTROL_SUFFIX if self.control else "")
 
 
-class _Lane:
-    """A subject's worker and what is known of it so far."""
+class Lane:
+    """A subject's worker and what is known of it so far.
+
+    `parity` and `warm_ups` are filled by who proves and measures; `failure` says why it takes no further part.
+    """
 
     def __init__(self, subject: Subject, worker: Worker) -> None:
         self.subject = subject
         self.worker = worker
         self.placement: Placement | None = None
         self.settings: dict[str, Setting] = {}
+        self.timer_overhead_ns: float | None = None
+        self.peak_memory_bytes: int | None = None
+        self.peak_gpu_memory_bytes: int | None = None
         self.warm_ups: list[WarmUpFacts] = []
         self.parity: ParityVerdict | None = None
+        self.bisection: Bisection | None = None
         self.failure: Failure | None = None
 
     def ask(self, request: Request, expected: type[R]) -> R | None:
@@ -128,13 +149,25 @@ class _Lane:
         self.failure = Failure(kind=failure.kind, message=str(failure), trace=failure.trace)
 
 
-def run(plan: Plan, progress: Progress) -> Result:
-    """Do all of `plan` and return what was found; a failed parity or worker is part of the result, see `exit_code`.
+@dataclass(frozen=True)
+class Ready:
+    """What measuring starts from: the bundles, the machine before anything ran, and a loaded worker for each subject.
 
-    Raises BenchError where nothing was measured: an unknown or unavailable backend, a bad bundle, a row that would lie.
+    `skipped` are the backends that nobody named and that can't run here.
     """
-    started_at = datetime.now(UTC)
-    deadline = time.monotonic() + (math.inf if plan.time_limit_s is None else plan.time_limit_s)
+
+    bundles: tuple[BundleFacts, ...]
+    environment: Environment
+    lanes: list[Lane]
+    skipped: tuple[Skipped, ...]
+
+
+@contextmanager
+def loaded(plan: Plan, progress: Progress) -> Iterator[Ready]:
+    """Check the bundles of `plan`, choose the subjects, load each in a worker; however this ends, no worker is left.
+
+    Raises BenchError: an unknown or unavailable backend, a bad bundle, a row that would lie.
+    """
     progress("checking the bundle", 0.0)
     # Resolved once: a new export swaps the folder behind a link, and all of a run must see the same bundle.
     bundles = _letters([_open(path.resolve()) for path in plan.bundles])
@@ -143,8 +176,25 @@ def run(plan: Plan, progress: Progress) -> Result:
     progress("starting the backends", 0.01)
     with _workers(plan, subjects) as lanes:
         skipped += _load(lanes, asked=plan.backends is not None)
-        samples = _prove_and_measure(plan, lanes, deadline, progress)
-        results = tuple(_subject_result(lane) for lane in lanes)
+        facts = tuple(
+            BundleFacts(letter=letter, path=str(path), name=bundle.manifest.name, digest=bundle.digest)
+            for path, (letter, bundle) in zip(plan.bundles, bundles, strict=True)
+        )
+        yield Ready(facts, environment, lanes, tuple(skipped))
+
+
+def run(plan: Plan, progress: Progress) -> Result:
+    """Do all of `plan` and return what was found; a failed parity or worker is part of the result, see `exit_code`.
+
+    Raises BenchError where nothing was measured: an unknown or unavailable backend, a bad bundle, a row that would lie.
+    """
+    started_at = datetime.now(UTC)
+    deadline = time.monotonic() + (math.inf if plan.time_limit_s is None else plan.time_limit_s)
+    with loaded(plan, progress) as ready:
+        before = sensors.read()
+        samples = _prove_and_measure(plan, ready.lanes, deadline, progress)
+        readings = before, sensors.read()
+        results = tuple(subject_result(lane) for lane in ready.lanes)
         busy_at_end = cpu_busy_percent()
     progress("done", 1.0)
     return Result(
@@ -162,15 +212,13 @@ def run(plan: Plan, progress: Progress) -> Result:
             block_s=plan.block_s,
             timeout_s=plan.timeout_s,
         ),
-        bundles=tuple(
-            BundleFacts(letter=letter, path=str(path), name=bundle.manifest.name, digest=bundle.digest)
-            for path, (letter, bundle) in zip(plan.bundles, bundles, strict=True)
-        ),
-        environment=environment,
+        bundles=ready.bundles,
+        environment=ready.environment,
+        readings=readings,
         subjects=results,
-        skipped=tuple(skipped),
+        skipped=ready.skipped,
         samples=samples,
-        rows=rows(samples),
+        rows=rows(samples, results),
         ratios=ratios(samples, results),
     )
 
@@ -253,17 +301,17 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
 
 
 @contextmanager
-def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[_Lane]]:
+def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[Lane]]:
     """A started worker for each subject. All load at the same time: nothing is measured yet. However this ends, none is
     left.
     """
-    lanes: list[_Lane] = []
+    lanes: list[Lane] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         try:
             for subject in subjects:
                 options = Options(plan.threads, plan.profile, subject.folded)
                 job = Job(subject.label, BACKENDS[subject.backend.name], subject.bundle.path, options)
-                lanes.append(_Lane(subject, Worker(job, plan.timeout_s, Path(folder))))
+                lanes.append(Lane(subject, Worker(job, plan.timeout_s, Path(folder))))
             yield lanes
             for lane in lanes:
                 if lane.failure is None:
@@ -275,7 +323,7 @@ def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[_Lane]]:
                 lane.worker.kill()
 
 
-def _load(lanes: list[_Lane], asked: bool) -> list[Skipped]:
+def _load(lanes: list[Lane], asked: bool) -> list[Skipped]:
     """Wait until every worker has loaded. Takes those out of `lanes` that can't run here, if nobody asked for them.
 
     Raises BenchError, after all have answered: unavailable for a backend that was asked for and can't run, and for any
@@ -294,6 +342,7 @@ def _load(lanes: list[_Lane], asked: bool) -> list[Skipped]:
             continue
         if isinstance(reply, Loaded):
             lane.placement, lane.settings = reply.placement, reply.settings
+            lane.timer_overhead_ns = reply.timer_overhead_ns
         elif isinstance(reply, Misplaced):
             stray = list(reply.placement.stray)
             shown = "; ".join(stray[:STRAY_NODES_SHOWN]) + ("; …" if len(stray) > STRAY_NODES_SHOWN else "")
@@ -318,17 +367,19 @@ def _load(lanes: list[_Lane], asked: bool) -> list[Skipped]:
     return skipped
 
 
-def _prove_and_measure(plan: Plan, lanes: list[_Lane], deadline: float, progress: Progress) -> tuple[Sample, ...]:
+def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress: Progress) -> tuple[Sample, ...]:
     """Parity of every lane, then its warm-ups, then the rounds. One worker at a time does anything.
 
     After `deadline` (on the clock of `time.monotonic`) no round begins but the first.
     """
-    steps = len(lanes) * (1 + (len(plan.batch_sizes) * (1 + plan.rounds) if plan.rounds else 0))
+    rounds = MAX_ROUNDS if plan.rounds is None else plan.rounds
+    began = time.monotonic()
+    steps = len(lanes) * (1 + (len(plan.batch_sizes) * (1 + rounds) if rounds else 0))
     done = 0
 
     def step(what: str) -> None:
         nonlocal done
-        progress(what, done / steps)
+        progress(what, max(done / steps, (time.monotonic() - began) / (deadline - began)))
         done += 1
 
     for lane in lanes:
@@ -339,32 +390,50 @@ def _prove_and_measure(plan: Plan, lanes: list[_Lane], deadline: float, progress
         if evaluated is not None:
             bundle = lane.subject.bundle
             lane.parity = judge(evaluated.logits, bundle.oracle(), bundle.manifest.tolerances, plan.profile)
-    if not plan.rounds:
+            wanted = plan.bisect == "always" or (plan.bisect == "failed" and not lane.parity.passed)
+            if wanted and lane.subject.backend.format == "onnx":
+                worst = worst_images(evaluated.logits, bundle.oracle(), BISECTED_IMAGES)
+                lane.bisection = lane.ask(Bisect(worst), Bisection)
+    if not rounds:
         return ()
     for lane in lanes:
         for batch_size in plan.batch_sizes:
             step(f"warming up {lane.subject.label}, batch {batch_size}")
             if lane.failure is None and (prepared := lane.ask(Prepare(batch_size), Prepared)) is not None:
                 calls, seconds = prepared.warm_up.calls, prepared.warm_up.seconds
-                lane.warm_ups.append(WarmUpFacts(batch_size=batch_size, calls=calls, seconds=seconds))
+                settled = prepared.warm_up.settled
+                lane.warm_ups.append(WarmUpFacts(batch_size=batch_size, calls=calls, seconds=seconds, settled=settled))
     samples: list[Sample] = []
-    for round_ in range(plan.rounds):
+    for round_ in range(rounds):
         if round_ and time.monotonic() > deadline:
+            break
+        if plan.rounds is None and round_ >= MIN_ROUNDS and _enough(plan, lanes, samples):
             break
         # Each round starts with the next lane: who follows whom would otherwise favour the same one every time.
         turns = [lanes[(place + round_) % len(lanes)] for place in range(len(lanes))]
         for batch_size in plan.batch_sizes:
             for position, lane in enumerate(turns):
-                step(f"round {round_ + 1} of {plan.rounds}: {lane.subject.label}, batch {batch_size}")
+                step(f"round {round_ + 1}: {lane.subject.label}, batch {batch_size}")
                 if lane.failure is None:
                     samples += _turn(lane, batch_size, round_, position, plan.block_s)
     return tuple(samples)
 
 
-def _turn(lane: _Lane, batch_size: int, round_: int, position: int, block_s: float) -> list[Sample]:
+def _enough(plan: Plan, lanes: list[Lane], samples: list[Sample]) -> bool:
+    """Whether another round is not needed, for the backends that still run."""
+    alive = [subject_result(lane) for lane in lanes if lane.failure is None]
+    labels = {subject.label for subject in alive}
+    own = [sample for sample in samples if sample.subject in labels]
+    return enough(own) if plan.bound is None else decided(own, alive, plan.bound)
+
+
+def _turn(lane: Lane, batch_size: int, round_: int, position: int, block_s: float) -> list[Sample]:
     measured = lane.ask(Measure(batch_size, block_s), Measured)
     if measured is None:
         return []
+    lane.peak_memory_bytes = measured.peak_memory_bytes
+    if measured.gpu_memory_bytes is not None:
+        lane.peak_gpu_memory_bytes = max(measured.gpu_memory_bytes, lane.peak_gpu_memory_bytes or 0)
     return [
         Sample(
             subject=lane.subject.label,
@@ -375,13 +444,15 @@ def _turn(lane: _Lane, batch_size: int, round_: int, position: int, block_s: flo
             started_at_unix_s=block.started_at_unix_s,
             started_at_monotonic_ns=block.started_at_monotonic_ns,
             durations_ns=block.durations_ns,
+            energy_j=block.energy_j,
             quiet_after_s=measured.quiet_after_s,
         )
         for block in measured.blocks
     ]
 
 
-def _subject_result(lane: _Lane) -> SubjectResult:
+def subject_result(lane: Lane) -> SubjectResult:
+    """What is known of a lane by now."""
     backend, bundle = lane.subject.backend, lane.subject.bundle
     file = None
     if backend.format is not None:
@@ -397,7 +468,11 @@ def _subject_result(lane: _Lane) -> SubjectResult:
         file=file,
         placement=lane.placement,
         settings=lane.settings,
+        timer_overhead_ns=lane.timer_overhead_ns,
+        peak_memory_bytes=lane.peak_memory_bytes,
+        peak_gpu_memory_bytes=lane.peak_gpu_memory_bytes,
         warm_ups=tuple(lane.warm_ups),
         parity=lane.parity,
+        bisection=lane.bisection,
         failure=lane.failure,
     )

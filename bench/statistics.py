@@ -20,14 +20,36 @@ RESAMPLES = 9_999
 MIN_ROUNDS_FOR_INTERVAL = 6
 
 
+# A median is known well enough when its interval reaches no further than this to either side.
+STABLE_WITHIN_PERCENT = 1.0
+# Twice the rounds should shrink an interval to 0.71 of its width; where it stays above this, more rounds don't help.
+SHRINKING = 0.9
+
+
 @dataclass(frozen=True)
 class Spread:
-    """The middle of a few values and the middle half of them. `n` is how many there were."""
+    """The middle of a few values, the middle half of them, and the interval of the median (None below six values).
+
+    `low` and `high` hold the true median with 95 % confidence where the values are independent. `n` is how many values
+    there were.
+    """
 
     median: float
     lower_quartile: float
     upper_quartile: float
+    low: float | None
+    high: float | None
     n: int
+
+    @property
+    def half_width_percent(self) -> float | None:
+        """Half the interval's width in percent of the median."""
+        return None if self.low is None or self.high is None else 50 * (self.high - self.low) / self.median
+
+    @property
+    def stable(self) -> bool:
+        """Whether the median is known to within `STABLE_WITHIN_PERCENT`."""
+        return self.half_width_percent is not None and self.half_width_percent <= STABLE_WITHIN_PERCENT
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,19 @@ class PairedRatio:
     high: float | None
     confidence: float
     rounds: int
+
+
+@dataclass(frozen=True)
+class MedianRatio:
+    """The ratio of two medians, of series of separate runs, and its bootstrap interval (None where one has fewer than
+    six values). `median` is the ratio, as in `PairedRatio`.
+    """
+
+    median: float
+    low: float | None
+    high: float | None
+    numerator_median: float
+    denominator_median: float
 
 
 def throughput(images_per_call: int, durations_ns: Sequence[int]) -> float:
@@ -57,10 +92,38 @@ def percentile_ms(durations_ns: Sequence[int], percent: float) -> float | None:
     return float(np.percentile(np.asarray(durations_ns), percent, method="inverted_cdf")) * 1e-6
 
 
+def percentile_upper_bound_ms(durations_ns: Sequence[int], percent: float) -> float | None:
+    """The order statistic, in ms, that the true percentile does not exceed with 95 % confidence; None if there is none.
+
+    Of n independent samples a binomially distributed number lies below the percentile (David & Nagaraja, Order
+    Statistics, ch. 7.1). Neighbouring calls are not quite independent, so the confidence is a little less.
+    """
+    rank = int(stats.binom.ppf(CONFIDENCE, len(durations_ns), percent / 100))
+    if rank >= len(durations_ns):
+        return None
+    return float(np.partition(np.asarray(durations_ns), rank)[rank]) * 1e-6
+
+
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles (linear interpolation) of at least one value."""
-    lower, median, upper = np.percentile(np.asarray(values, np.float64), [25, 50, 75])
-    return Spread(float(median), float(lower), float(upper), len(values))
+    """Median, quartiles (linear interpolation) and the median's interval, of at least one value.
+
+    The interval's ends are order statistics, so it supposes no distribution (same source as the percentile's bound).
+    """
+    ordered = np.sort(np.asarray(values, np.float64))
+    lower, median, upper = np.percentile(ordered, [25, 50, 75])
+    low = high = None
+    if len(values) >= MIN_ROUNDS_FOR_INTERVAL:
+        rank = int(stats.binom.ppf((1 - CONFIDENCE) / 2, len(values), 0.5))
+        low, high = float(ordered[rank - 1]), float(ordered[-rank])
+    return Spread(float(median), float(lower), float(upper), low, high, len(values))
+
+
+def settled(values: Sequence[float]) -> bool:
+    """Whether more rounds would tell little more: the median is stable, or its interval has stopped shrinking."""
+    now, before = spread(values), spread(values[: len(values) // 2] or values)
+    if now.stable or now.half_width_percent is None or before.half_width_percent is None:
+        return now.stable
+    return now.half_width_percent >= SHRINKING * before.half_width_percent
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> PairedRatio:
@@ -91,3 +154,32 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     return PairedRatio(float(np.median(ratios)), low, high, CONFIDENCE, len(ratios))
+
+
+def ratio_of_medians(numerators: Sequence[float], denominators: Sequence[float]) -> MedianRatio:
+    """The ratio of the medians of two series that have nothing in common but what was measured.
+
+    Its interval is the two-sample percentile bootstrap's, each series resampled by itself (Efron & Tibshirani, An
+    Introduction to the Bootstrap, ch. 8 and 13), with a fixed seed: the same samples always give the same interval. It
+    holds what scattered within the two runs, not what differed between them.
+
+    Raises:
+        ValueError: a series is empty.
+    """
+    if not numerators or not denominators:
+        raise ValueError(f"two series of at least one value are needed, got {len(numerators)} and {len(denominators)}")
+    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    low = high = None
+    if min(len(above), len(below)) >= MIN_ROUNDS_FOR_INTERVAL:
+        interval = stats.bootstrap(
+            (above, below),
+            lambda x, y, axis: np.median(x, axis=axis) / np.median(y, axis=axis),
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    numerator, denominator = float(np.median(above)), float(np.median(below))
+    return MedianRatio(numerator / denominator, low, high, numerator, denominator)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from bench.measure import Timing
 from bench.results import Against, Percentiles, Ratio, Row, Sample, SubjectResult
-from bench.statistics import paired_ratio, percentile_ms, spread, throughput
+from bench.statistics import paired_ratio, percentile_ms, percentile_upper_bound_ms, settled, spread, throughput
 
 TIMINGS: tuple[Timing, ...] = ("device_resident", "end_to_end")
 CONTROL_SUFFIX, LETTER_SIGN = ":unfolded", "@"
@@ -25,22 +25,52 @@ def slower(ratios: Sequence[Ratio], threshold_percent: float) -> list[Ratio]:
     ]
 
 
-def rows(samples: Sequence[Sample]) -> tuple[Row, ...]:
-    """One row for each subject and batch size, by subject in order of appearance."""
-    keys = dict.fromkeys((sample.subject, sample.batch_size) for sample in samples)
-    order = {subject: place for place, subject in enumerate(dict.fromkeys(sample.subject for sample in samples))}
-    return tuple(_row(samples, *key) for key in sorted(keys, key=lambda key: (order[key[0]], key[1])))
+def rows(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Row, ...]:
+    """One row for each subject and batch size that was measured, by subject in the order given."""
+    found = []
+    for subject in subjects:
+        own = [sample for sample in samples if sample.subject == subject.label]
+        found += [_row(own, subject, batch_size) for batch_size in sorted({sample.batch_size for sample in own})]
+    return tuple(found)
 
 
-def _row(samples: Sequence[Sample], subject: str, batch_size: int) -> Row:
-    device, whole = (_throughputs(samples, subject, batch_size, timing) for timing in TIMINGS)
+def _row(samples: Sequence[Sample], subject: SubjectResult, batch_size: int) -> Row:
+    device, whole = (
+        spread(list(_throughputs(samples, subject.label, batch_size, timing).values())) for timing in TIMINGS
+    )
+    timer = subject.timer_overhead_ns
     return Row(
-        subject=subject,
+        subject=subject.label,
         batch_size=batch_size,
-        device_resident_throughput_images_per_s=spread(list(device.values())),
-        end_to_end_throughput_images_per_s=spread(list(whole.values())),
-        device_resident_latency_ms=_percentiles(samples, subject, batch_size, "device_resident"),
-        end_to_end_latency_ms=_percentiles(samples, subject, batch_size, "end_to_end"),
+        device_resident_throughput_images_per_s=device,
+        end_to_end_throughput_images_per_s=whole,
+        device_resident_latency_ms=_percentiles(samples, subject.label, batch_size, "device_resident"),
+        end_to_end_latency_ms=_percentiles(samples, subject.label, batch_size, "end_to_end"),
+        verdict="stable" if device.stable and whole.stable else "unstable",
+        timer_share_percent=None if timer is None else 100 * timer * 1e-9 * device.median / batch_size,
+        energy_per_image_j=_energy_per_image(samples, batch_size),
+    )
+
+
+def _energy_per_image(samples: Sequence[Sample], batch_size: int) -> dict[str, float]:
+    """Joules by counter, over all device-resident blocks of one subject at once."""
+    blocks = [sample for sample in samples if (sample.batch_size, sample.timing) == (batch_size, "device_resident")]
+    images = sum(batch_size * len(block.durations_ns) for block in blocks)
+    counters = {counter for block in blocks for counter in block.energy_j}
+    return {counter: sum(block.energy_j.get(counter, 0.0) for block in blocks) / images for counter in sorted(counters)}
+
+
+def enough(samples: Sequence[Sample]) -> bool:
+    """Whether every throughput is stable, or its interval has stopped shrinking: more rounds would tell little more."""
+    keys = dict.fromkeys((sample.subject, sample.batch_size, sample.timing) for sample in samples)
+    return all(settled(list(_throughputs(samples, *key).values())) for key in keys)
+
+
+def decided(samples: Sequence[Sample], subjects: Sequence[SubjectResult], bound: float) -> bool:
+    """Whether each ratio against the base lies, with its whole interval, on one side of `bound`."""
+    found = [ratio.throughput_ratio for ratio in ratios(samples, subjects) if ratio.against == "base"]
+    return all(
+        ratio.low is not None and ratio.high is not None and not ratio.low <= bound <= ratio.high for ratio in found
     )
 
 
@@ -61,8 +91,12 @@ def _percentiles(samples: Sequence[Sample], subject: str, batch_size: int, timin
         if (sample.subject, sample.batch_size, sample.timing) == (subject, batch_size, timing)
         for duration in sample.durations_ns
     ]
-    p50, p90, p99 = (percentile_ms(durations, percent) for percent in (50, 90, 99))
-    return Percentiles(p50=p50, p90=p90, p99=p99)
+    values = {
+        f"p{percent}{suffix}": function(durations, percent)
+        for percent in (50, 90, 99)
+        for suffix, function in (("", percentile_ms), ("_upper", percentile_upper_bound_ms))
+    }
+    return Percentiles(**values)
 
 
 def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Ratio, ...]:

@@ -22,8 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
-from bench.backend import Options, Placement, Session, Setting, resolve
-from bench.measure import Block, Timing, WarmUp, timed_block, wait_until_quiet, warm_up
+from bench.backend import Backend, Options, Placement, Session, Setting, resolve
+from bench.bisect import Bisection, bisect
+from bench.loadgen import Driven, Load, drive
+from bench.measure import Block, Timing, WarmUp, timed_block, timer_overhead_ns, wait_until_quiet, warm_up
+from bench.sensors import energy_j, gpu_memory_of_this_process_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -56,6 +59,13 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Bisect:
+    """Ask an ONNX backend for the first node that diverges from the torch graph, on these of the oracle's images."""
+
+    images: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Ask for the warm-up at a batch size."""
 
@@ -71,11 +81,20 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Drive:
+    """Ask for one run of MLPerf LoadGen, which writes its logs to `folder`. `seconds` is how long it should take."""
+
+    load: Load
+    folder: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Close:
     """Ask the worker to end."""
 
 
-Request = Evaluate | Prepare | Measure | Close
+Request = Evaluate | Bisect | Prepare | Measure | Drive | Close
 
 
 @dataclass(frozen=True)
@@ -92,10 +111,11 @@ class Unavailable:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model is loaded, placed and ready."""
+    """The model is loaded, placed and ready. `timer_overhead_ns` is what the clock adds to a call in this process."""
 
     placement: Placement
     settings: dict[str, Setting]
+    timer_overhead_ns: float
 
 
 @dataclass(frozen=True)
@@ -137,13 +157,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measured:
-    """The timed blocks, in the order in which they ran, and how long the runtime's threads took to stop afterwards."""
+    """The timed blocks, in the order in which they ran, how long the runtime's threads took to stop afterwards, and the
+    largest memory that the process has held so far, on the host and on its GPU.
+    """
 
     blocks: tuple[Block, ...]
     quiet_after_s: float
+    peak_memory_bytes: int | None
+    gpu_memory_bytes: int | None
 
 
-Reply = Available | Unavailable | Loaded | Misplaced | BadBundle | Broken | Evaluated | Prepared | Measured
+Reply = Available | Unavailable | Loaded | Misplaced | BadBundle | Broken | Evaluated | Bisection | Prepared | Measured | Driven
 R = TypeVar("R", bound=Reply)
 
 FailureKind = Literal["crashed", "hung", "raised"]
@@ -201,11 +225,11 @@ def _answers(pipe: Connection, job: Job) -> Iterator[Reply]:
     if placement.stray:
         yield Misplaced(placement)
         return
-    model = _Model(session, bundle)
+    model = _Model(session, bundle, backend, job.options)
     gc.collect()
     gc.freeze()  # the imported libraries' objects: no later collection has to walk them
     wait_until_quiet()
-    yield Loaded(placement, session.settings())
+    yield Loaded(placement, session.settings(), timer_overhead_ns())
     while not isinstance(request := cast(Request, pipe.recv()), Close):
         yield model.answer(request)
     session.close()
@@ -214,20 +238,32 @@ def _answers(pipe: Connection, job: Job) -> Iterator[Reply]:
 class _Model:
     """The loaded session with the oracle's inputs."""
 
-    def __init__(self, session: Session, bundle: Bundle) -> None:
+    def __init__(self, session: Session, bundle: Bundle, backend: Backend, options: Options) -> None:
         self._session = session
+        self._bundle, self._backend, self._options = bundle, backend, options
         self._raw = bundle.oracle().raw
 
-    def answer(self, request: Evaluate | Prepare | Measure) -> Reply:
+    def answer(self, request: Evaluate | Bisect | Prepare | Measure | Drive) -> Reply:
         if isinstance(request, Evaluate):
             return self._evaluate(request.batch_size)
+        if isinstance(request, Bisect):
+            return self._bisect(request.images)
+        if isinstance(request, Drive):
+            driven = drive(partial(_end_to_end, self._session), self._raw, request.load, request.folder)
+            wait_until_quiet()
+            return driven
         calls = self._calls(request.batch_size)
         if isinstance(request, Prepare):
             done = warm_up(calls["end_to_end"])  # which runs the model on the device, too
             wait_until_quiet()
             return Prepared(done)
-        blocks = tuple(timed_block(call, timing, request.seconds) for timing, call in calls.items())
-        return Measured(blocks, wait_until_quiet())
+        blocks = tuple(timed_block(call, timing, request.seconds, energy_j) for timing, call in calls.items())
+        return Measured(blocks, wait_until_quiet(), _peak_memory_bytes(), gpu_memory_of_this_process_bytes())
+
+    def _bisect(self, images: tuple[int, ...]) -> Bisection:
+        if self._backend.format != "onnx" or self._backend.device == "none":
+            raise TypeError(f"{self._backend.name} runs no ONNX file, so there are no nodes to compare")
+        return bisect(self._bundle, self._session, self._backend.device, self._options, images)
 
     def _calls(self, batch_size: int) -> dict[Timing, Callable[[], object]]:
         """The two things that are timed, on the first `batch_size` inputs of the oracle (again from the start if it has
@@ -249,6 +285,16 @@ class _Model:
         parts = [_end_to_end(self._session, self._raw[start : start + batch_size].copy()) for start in starts]
         wait_until_quiet()
         return Evaluated(np.concatenate(parts))
+
+
+def _peak_memory_bytes() -> int | None:
+    """The largest resident memory of this process so far; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _end_to_end(session: Session, raw: np.ndarray) -> np.ndarray:
@@ -318,8 +364,8 @@ class Worker:
 
     def send(self, request: Request) -> None:
         """Send a request without waiting for its answer. That a worker has died is noticed by who waits for it."""
-        blocks_s = 2 * request.seconds if isinstance(request, Measure) else 0.0  # asked for, so no sign of a hang
-        self._patience_ends = time.monotonic() + self._timeout_s + blocks_s
+        asked_s = 2 * request.seconds if isinstance(request, Measure | Drive) else 0.0  # so no sign of a hang
+        self._patience_ends = time.monotonic() + self._timeout_s + asked_s
         with contextlib.suppress(OSError):
             self._pipe.send(request)
 

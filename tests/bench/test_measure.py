@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 
@@ -61,9 +62,23 @@ def test_warm_up_goes_on_for_fast_calls_and_ends_for_slow_ones(monkeypatch: pyte
     fast = warm_up(lambda: time.sleep(0.001))
     assert fast.calls >= 10
     assert fast.seconds >= 0.2
+    assert fast.settled
     monkeypatch.setattr(measure, "WARM_UP_LIMIT_S", 0.05)
     slow = warm_up(lambda: time.sleep(0.03))
     assert slow.calls == 3
+    assert not slow.settled
+
+
+def test_warm_up_goes_on_while_calls_get_faster() -> None:
+    """From 30 ms on each takes a tenth less than the one before, down to 4 ms at the twentieth."""
+    numbers = itertools.count()
+    found = warm_up(lambda: time.sleep(max(0.004, 0.03 * 0.9 ** next(numbers))))
+    assert found.calls > 30, "the newest third of them is steady"
+    assert found.settled
+
+
+def test_the_clock_costs_less_than_a_microsecond() -> None:
+    assert 0 < measure.timer_overhead_ns() < 1_000
 
 
 def test_waits_for_threads_that_spin_after_the_call() -> None:

@@ -12,7 +12,21 @@ import pytest
 from bench.errors import EXIT_BAD_INPUT, BenchError
 from bench.results import Result, check_writable, write_result
 
-UNITS = ("seconds", "_s", "_ms", "_ns", "_bytes", "_percent", "_w", "_1min", "_at_end")
+UNITS = (
+    "seconds",
+    "_s",
+    "_ms",
+    "_ns",
+    "_bytes",
+    "_percent",
+    "_w",
+    "_watts",
+    "_mhz",
+    "_celsius",
+    "_j",
+    "_1min",
+    "_at_end",
+)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -39,7 +53,7 @@ def test_every_measured_number_has_its_unit_in_its_name() -> None:
     schema = Result.model_json_schema()
     definitions = schema["$defs"]
     without = {"Spread", "Percentiles"}  # the unit stands in the name of the field that holds them
-    dimensionless = {"PairedRatio", "Flip"}
+    dimensionless = {"McNemar", "Divergence", "PairedRatio", "Flip"}
     verdict = {"max_abs_error", "rms_error", "rms_error_in_float32_errors"}  # in logits
     for name, definition in definitions.items():
         if name in without | dimensionless:
@@ -62,7 +76,7 @@ def test_what_is_derived_can_be_derived_again_from_the_file(result: Result) -> N
     from bench.summary import ratios, rows
 
     again = Result.model_validate_json(result.model_dump_json())
-    assert rows(again.samples) == result.rows
+    assert rows(again.samples, again.subjects) == result.rows
     assert ratios(again.samples, again.subjects) == result.ratios
 
 

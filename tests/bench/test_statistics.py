@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.statistics import paired_ratio, percentile_ms, spread, throughput
+from bench.statistics import (
+    paired_ratio,
+    percentile_ms,
+    percentile_upper_bound_ms,
+    settled,
+    spread,
+    throughput,
+)
 
 
 def test_throughput_is_all_images_over_all_time() -> None:
@@ -28,6 +35,54 @@ def test_no_percentile_of_too_few_samples(percent: float, enough: int) -> None:
 def test_spread_is_median_and_quartiles() -> None:
     found = spread([5.0, 1.0, 3.0, 2.0, 4.0])
     assert (found.lower_quartile, found.median, found.upper_quartile, found.n) == (2.0, 3.0, 4.0, 5)
+    assert (found.low, found.high, found.stable) == (None, None, False), "five values promise no interval"
+
+
+def test_the_medians_interval_is_that_of_order_statistics() -> None:
+    """Conover, Practical Nonparametric Statistics, table of the sign test: for n = 10 the second and the ninth value,
+    for n = 16 the fourth and the thirteenth.
+    """
+    for n, rank in ((6, 1), (10, 2), (16, 4)):
+        found = spread([float(value) for value in range(1, n + 1)])
+        assert (found.low, found.high) == (rank, n + 1 - rank)
+
+
+def test_the_medians_interval_covers_the_median() -> None:
+    rng = np.random.default_rng(3)
+    held = 0
+    for _ in range(400):
+        found = spread(list(rng.lognormal(0, 0.5, 15)))
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= 1.0 <= found.high
+    assert held >= 375
+
+
+def test_stable_is_within_one_percent() -> None:
+    assert spread([100 + 0.1 * value for value in range(-5, 6)]).stable
+    assert not spread([100.0 + value for value in range(-5, 6)]).stable
+
+
+def test_settled_when_stable_or_no_longer_shrinking() -> None:
+    rng = np.random.default_rng(0)
+    noise = list(rng.normal(100, 10, 400))
+    assert not settled(noise[:5]), "no interval yet"
+    assert not settled(noise), "twice the rounds still halve the error's square"
+    assert settled(list(rng.normal(100, 1, 100)))
+    drifting = [100.0 + value for value in range(40)]
+    assert settled(drifting), "more rounds only make it wider"
+
+
+def test_the_percentiles_bound_is_exceeded_by_chance_only() -> None:
+    rng = np.random.default_rng(5)
+    held = 0
+    for _ in range(300):
+        bound = percentile_upper_bound_ms([int(value) for value in rng.uniform(0, 1e6, 500)], 99)
+        assert bound is not None
+        held += bound >= 0.99
+    assert held >= 280
+    assert percentile_upper_bound_ms([1_000_000] * 298, 99) is None
+    assert percentile_upper_bound_ms([1_000_000] * 299, 99) == 1.0
 
 
 def test_a_ratio_is_paired_so_that_drift_cancels() -> None:

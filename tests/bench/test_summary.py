@@ -20,6 +20,7 @@ def sample(subject: str, round_: int, milliseconds: list[float], timing: Timing,
         started_at_unix_s=0.0,
         started_at_monotonic_ns=0,
         durations_ns=tuple(int(duration * 1e6) for duration in milliseconds),
+        energy_j={},
         quiet_after_s=0.0,
     )
 
@@ -37,6 +38,9 @@ def subject(label: str, device: Device, letter: str | None = None) -> SubjectRes
         file=None,
         placement=None,
         settings={},
+        timer_overhead_ns=None,
+        peak_memory_bytes=None,
+        peak_gpu_memory_bytes=None,
         warm_ups=(),
         parity=None,
         failure=None,
@@ -49,7 +53,7 @@ def test_a_row_keeps_the_two_timings_apart_and_pools_the_calls() -> None:
         *both("a", 1, [1.0, 1.0], [20.0] * 5),
         *both("a", 2, [4.0], [30.0]),
     ]
-    (row,) = rows(samples)
+    (row,) = rows(samples, [subject("a", "cpu")])
     assert row.device_resident_throughput_images_per_s.median == pytest.approx(4 / 0.002)
     assert row.end_to_end_throughput_images_per_s.median == pytest.approx(4 / 0.020)
     assert row.end_to_end_throughput_images_per_s.n == 3

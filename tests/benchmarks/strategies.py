@@ -89,6 +89,7 @@ def measure(name: str) -> dict[str, Any]:
             control=True,
             batch_sizes=BATCH_SIZES,
             rounds=ROUNDS,
+            bound=None,
             time_limit_s=None,
             block_s=BLOCK_S,
             threads=usable_cpus(),
