@@ -1,8 +1,8 @@
 """The machine and the software that a measurement was made with.
 
-Owns finding out how many CPUs this process may use, and describing CPU, GPUs, memory, load, versions and commit.
-Imports no
-runtime: what a worker's runtime says of itself comes from the worker.
+Owns finding out how many CPUs this process may use, describing CPU, GPUs, memory, load, versions and commit, and what
+makes two measurements those of one machine. Imports no runtime: what a worker's runtime says of itself comes from the
+worker.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 BUSY_WINDOW_S = 0.3
+# What a machine that does nothing else uses for itself stays well below.
+BUSY_PERCENT = 10
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,40 @@ class Environment:
     git_commit: str | None
 
 
+def fingerprint(machine: Environment, threads: int, profile: str) -> dict[str, str]:
+    """What two measurements must have in common to be compared, for people to read: the machine, and the settings that
+    change what it does.
+
+    Memory counts by class, to the nearest half power of two of GiB: the firmware's share of it differs from boot to
+    boot. Versions of runtimes are left out: comparing them is what a comparison is for.
+    """
+    memory_gib = 2 ** (round(2 * math.log2(machine.memory_bytes / 2**30)) / 2)
+    gpus = ", ".join(f"{gpu.name} (driver {gpu.driver})" for gpu in machine.gpus)
+    return {
+        "CPU": machine.cpu,
+        "usable CPUs": str(machine.usable_cpus),
+        "memory": f"about {memory_gib:.0f} GiB",
+        "GPUs": gpus or "none",
+        "threads": str(threads),
+        "profile": profile,
+    }
+
+
 def usable_cpus(cgroup_root: Path = CGROUP_ROOT, own_cgroup: Path = OWN_CGROUP) -> int:
     """How many CPUs this process may use, at least 1: its affinity, cut to the cgroup's CPU quota where it has one."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = _cgroup_quotas(cgroup_root, own_cgroup)
+    quota = cpu_quota(cgroup_root, own_cgroup)
     # Half a CPU of quota still runs one thread; 2.5 run two without being stopped in the middle of a call.
-    return max(1, min([allowed, *(math.floor(quota) for quota in quotas)]))
+    return max(1, allowed_cpus() if quota is None else min(allowed_cpus(), math.floor(quota)))
+
+
+def allowed_cpus() -> int:
+    """How many CPUs this process may be scheduled on, whatever its quota of their time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota(cgroup_root: Path = CGROUP_ROOT, own_cgroup: Path = OWN_CGROUP) -> float | None:
+    """The CPU time that this process's cgroups grant it, in CPUs (2.5 is two and a half); None for no limit."""
+    return min(_cgroup_quotas(cgroup_root, own_cgroup), default=None)
 
 
 def _cgroup_quotas(root: Path, own: Path) -> list[float]:
