@@ -34,6 +34,20 @@ class Flip:
 
 
 @dataclass(frozen=True)
+class McNemar:
+    """Whether a backend is right more or less often than the oracle, by the images on which only one of them is right.
+
+    `b` counts the images that the oracle has right and the backend wrong, `c` those the other way round. `p_value` is
+    that of the exact test, two-sided: how likely so uneven a split of b + c is where both err equally often (McNemar
+    1947, with the binomial distribution itself instead of its approximation).
+    """
+
+    b: int
+    c: int
+    p_value: float
+
+
+@dataclass(frozen=True)
 class ParityVerdict:
     """The verdict and everything it rests on.
 
@@ -48,6 +62,8 @@ class ParityVerdict:
         rms_error: root of the mean squared difference over all logits; None if a logit is not finite.
         rms_error_in_float32_errors: `rms_error` as a multiple of what float32 torch on the CPU makes of the same model.
         non_finite: how many logits are NaN or infinite.
+        mcnemar: the test of the backend's predictions against the oracle's; None without labels or where the output is
+            not class scores.
     """
 
     passed: bool
@@ -61,6 +77,7 @@ class ParityVerdict:
     rms_error: float | None
     rms_error_in_float32_errors: float | None
     non_finite: int
+    mcnemar: McNemar | None = None
 
 
 def judge(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile) -> ParityVerdict:
@@ -81,13 +98,14 @@ def judge(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: P
         if tolerances.float32_rms_error > 0:
             multiple = rms / tolerances.float32_rms_error
 
-    flips = top1 = oracle_top1 = None
+    flips = top1 = oracle_top1 = test = None
     if _are_class_scores(oracle.logits):
         predictions, truth = logits.argmax(1), oracle.logits.argmax(1)
         flips = _flips(predictions, truth, oracle)
         if oracle.labels is not None:
             top1 = 100 * float(np.mean(predictions == oracle.labels))
             oracle_top1 = 100 * float(np.mean(truth == oracle.labels))
+            test = _mcnemar(predictions == oracle.labels, truth == oracle.labels)
 
     if profile is Profile.STRICT:
         failures += _strict_failures(rms, flips, tolerances)
@@ -107,7 +125,21 @@ def judge(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: P
         rms,
         multiple,
         non_finite,
+        test,
     )
+
+
+def worst_images(logits: np.ndarray, oracle: Oracle, count: int) -> tuple[int, ...]:
+    """The places of the `count` images whose logits [N, …] are furthest from the oracle's, not finite ones first.
+
+    Fewer where the oracle has fewer; the first of all where `logits` have another shape.
+    """
+    if logits.shape != oracle.logits.shape:
+        return tuple(range(min(count, len(oracle.logits))))
+    finite = np.isfinite(logits)
+    error = np.where(finite, logits, 0) - oracle.logits
+    largest = np.where(finite, np.abs(error), np.inf).reshape(len(logits), -1).max(1)
+    return tuple(int(place) for place in np.argsort(-largest, kind="stable")[:count])
 
 
 def _are_class_scores(logits: np.ndarray) -> bool:
@@ -128,6 +160,16 @@ def _flips(predictions: np.ndarray, truth: np.ndarray, oracle: Oracle) -> tuple[
         )
         for index, margin in zip(changed, first - second, strict=True)
     )
+
+
+def _mcnemar(right: np.ndarray, oracle_right: np.ndarray) -> McNemar:
+    """The test on two arrays of truth values, bool [N]. Images on which both are right or both wrong say nothing."""
+    b, c = int(np.sum(oracle_right & ~right)), int(np.sum(right & ~oracle_right))
+    if not b + c:
+        return McNemar(0, 0, 1.0)
+    from scipy.stats import binomtest  # here: the workers import this module and need no scipy
+
+    return McNemar(b, c, float(binomtest(b, b + c).pvalue))
 
 
 def _strict_failures(rms: float | None, flips: tuple[Flip, ...] | None, tolerances: Tolerances) -> list[str]:

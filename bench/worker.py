@@ -167,7 +167,19 @@ class Measured:
     gpu_memory_bytes: int | None
 
 
-Reply = Available | Unavailable | Loaded | Misplaced | BadBundle | Broken | Evaluated | Bisection | Prepared | Measured | Driven
+Reply = (
+    Available
+    | Unavailable
+    | Loaded
+    | Misplaced
+    | BadBundle
+    | Broken
+    | Evaluated
+    | Bisection
+    | Prepared
+    | Measured
+    | Driven
+)
 R = TypeVar("R", bound=Reply)
 
 FailureKind = Literal["crashed", "hung", "raised"]

@@ -71,7 +71,7 @@ class Onnx:
                 f"onnxruntime {version} was built without CUDA. Replace it: python -m pip uninstall onnxruntime, then "
                 "python -m pip install onnxruntime-gpu"
             )
-        session = _open(_one_node_model(), "cuda", Options(threads=1))
+        session = open_session(_one_node_model(), "cuda", Options(threads=1))
         if PROVIDERS["cuda"] not in session.get_providers():
             import torch
 
@@ -87,7 +87,7 @@ class Onnx:
             import torch  # noqa: F401  # before onnxruntime, so that both use one CUDA and one cuDNN
 
         path = bundle.locate(bundle.entry("onnx", folded=options.folded))
-        session = _open(str(path), self.device, options)
+        session = open_session(str(path), self.device, options)
         placement = read_placement(session, self.device, path)
         settings = _settings(session, self.device)
         if self.device == "cpu":
@@ -95,7 +95,7 @@ class Onnx:
         return CudaSession(session, bundle, placement, settings)
 
 
-def _open(model: str | bytes, device: TorchDevice, options: Options) -> Any:
+def open_session(model: str | bytes, device: TorchDevice, options: Options, *, optimised: bool = True) -> Any:
     """An onnxruntime session with the provider of `device` first; never one that quietly changed its providers at run
     time.
     """
@@ -104,7 +104,8 @@ def _open(model: str | bytes, device: TorchDevice, options: Options) -> Any:
     config = onnxruntime.SessionOptions()
     config.intra_op_num_threads = options.threads
     config.inter_op_num_threads = 1
-    config.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    config.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     config.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     config.log_severity_level = 3  # errors; a warning for every shape node on the CPU would bury them
     providers: list[Any] = [PROVIDERS["cpu"]]

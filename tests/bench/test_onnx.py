@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from bench.backend import Options
-from bench.backends.onnx import PROVIDERS, _open, read_placement
+from bench.backends.onnx import PROVIDERS, open_session, read_placement
 
 CPU, CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]
 
@@ -124,13 +124,13 @@ def test_what_onnxruntime_does_when_cuda_is_asked_for_and_absent(model: Path) ->
         pytest.skip("this machine has CUDA")
     if CUDA not in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime was built without CUDA, and says so")
-    session = _open(str(model), "cuda", Options(threads=1))
+    session = open_session(str(model), "cuda", Options(threads=1))
     placement = read_placement(session, "cuda", model)
     assert f"Conv conv is on {CPU}" in placement.stray
     assert f"no node is on {CUDA}" in placement.stray
 
 
 def test_a_real_session_on_the_cpu_counts_its_nodes(model: Path) -> None:
-    placement = read_placement(_open(str(model), "cpu", Options(threads=1)), "cpu", model)
+    placement = read_placement(open_session(str(model), "cpu", Options(threads=1)), "cpu", model)
     assert placement.stray == ()
     assert placement.nodes[CPU] >= 3
