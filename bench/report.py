@@ -196,7 +196,7 @@ def print_scenario(result: ScenarioResult, out: Console) -> None:
     _print_machine(result.environment, result.cpu_busy_percent_at_end, out)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("backend", overflow="fold")
-    for name in ("result", "LoadGen's\nverdict", "p50\nms", "p90\nms", "p99\nms", "queries", "images", "parity", "top-1\n%"):
+    for name in ("result", "verdict", "p50\nms", "p90\nms", "p99\nms", "queries", "images", "parity", "top-1\n%"):
         table.add_column(name, justify="right", overflow="fold")
     for row in result.rows:
         if row.reported is not None:
@@ -374,6 +374,17 @@ def _print_flips(subject: SubjectResult, limit: int | None, out: Console) -> Non
         )
     if limit is not None and len(flips) > limit:
         out.print(f"  {escape(subject.label)}: {len(flips) - limit} more flips, see bench parity")
+
+
+def _print_machine(machine: Environment, busy_percent_at_end: float, out: Console) -> None:
+    gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
+    out.print(f"{machine.cpu}, {machine.usable_cpus} of {machine.logical_cpus} CPUs{gpus}, {machine.platform}\n")
+    busy = max(machine.cpu_busy_percent, busy_percent_at_end)
+    if busy > BUSY_PERCENT:
+        out.print(
+            f"[yellow]warning[/] other processes used {busy:.0f} % of the CPUs while no backend ran: expect these "
+            "figures to be low and to scatter. Run again on a quiet machine.\n"
+        )
 
 
 def _print_absent(subjects: Iterable[SubjectResult], skipped: Iterable[Skipped], out: Console) -> None:

@@ -1,0 +1,167 @@
+"""Backends under the load of the real LoadGen. The runs are far too short for figures: what is tested is the order."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.cli import app
+from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.loadgen import Scenario
+from bench.run import Plan
+from bench.scenarios import (
+    RATE_PRECISION,
+    ScenarioResult,
+    Wanted,
+    highest_rate,
+    log_folder,
+    run_scenario,
+    scenario_exit_code,
+)
+
+pytestmark = pytest.mark.usefixtures("faulty_backends")
+MakePlan = Callable[..., Plan]
+
+
+def go(plan: Plan, wanted: Wanted, target: Path) -> ScenarioResult:
+    return run_scenario(plan, wanted, target, lambda what, done: None)
+
+
+def test_a_run_from_the_command_line(small_bundle: Path, tmp_path: Path) -> None:
+    """Its result and LoadGen's logs are where they belong; those of an earlier run are gone, other files are not."""
+    results = tmp_path / "artifacts" / "results"
+    logs = results / f"{small_bundle.name}-single-stream"
+    (logs / "onnx-cpu" / "performance" / "run_9").mkdir(parents=True)
+    (logs / "notes.txt").write_text("mine")
+    options = ["--scenario", "single-stream", "--min-duration-s", "0.2", "--backend", "onnx-cpu", "--threads", "1"]
+    command = [sys.executable, "-m", "bench", "run", "--bundle", str(small_bundle), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not an official MLPerf result" in done.stdout
+    assert "runs of at least 0.2 s" in done.stdout
+    assert " VALID " in done.stdout
+
+    result = ScenarioResult.model_validate_json((results / f"{small_bundle.name}-single-stream.json").read_bytes())
+    (row,) = result.rows
+    (run,) = row.runs
+    assert row.subject.parity is not None
+    assert row.subject.parity.passed
+    assert row.subject.parity.images == 300
+    assert run.queries == run.images >= 100
+    assert run.seconds > 0.2
+    assert 0 < run.latency_ms.p50 <= run.latency_ms.p90 <= run.latency_ms.p99
+    assert "Result is : VALID" in (results / run.folder / "mlperf_log_summary.txt").read_text()
+    assert (logs / "onnx-cpu" / "accuracy" / "mlperf_log_accuracy.json").stat().st_size > 300 * 80
+    assert sorted(path.name for path in (logs / "onnx-cpu" / "performance").iterdir()) == ["run_1"]
+    assert (logs / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in results.iterdir()) == [logs.name, f"{logs.name}.json"]
+
+
+def test_outputs_collected_by_loadgen_are_judged(plan: MakePlan, tmp_path: Path) -> None:
+    """One backend is wrong, one fails, and the null backend is asked for no outputs; each is measured that can be."""
+    wanted = Wanted(Scenario.MULTI_STREAM, 0.1, 4, None)
+    result = go(plan(backends=("transposed", "raising", "null")), wanted, tmp_path / "result.json")
+    wrong, failed, null = result.rows
+    assert wrong.subject.parity is not None
+    assert not wrong.subject.parity.passed
+    assert wrong.runs[0].verdict == "VALID"
+    assert wrong.runs[0].images == 4 * wrong.runs[0].queries
+    assert failed.subject.failure is not None
+    assert "no kernel for this operator" in failed.subject.failure.message
+    assert failed.runs == ()
+    assert null.subject.parity is None
+    assert null.runs[0].verdict == "VALID"
+    assert [row.reported for row in result.rows] == [0, None, 0]
+    assert scenario_exit_code(result) == EXIT_NEGATIVE
+    only_null = result.model_copy(update={"rows": (null,)})
+    assert scenario_exit_code(only_null) == 0
+
+
+def test_the_highest_rate_of_a_bound_that_holds(plan: MakePlan, tmp_path: Path) -> None:
+    result = go(plan(backends=("null",)), Wanted(Scenario.SERVER, 0.1, 1, 0.1), tmp_path / "result.json")
+    (row,) = result.rows
+    assert row.reported is not None
+    assert row.missed_queries_per_s is not None
+    reported = row.runs[row.reported]
+    assert reported.verdict == "VALID"
+    assert reported.queries_per_s is not None
+    assert 1 < row.missed_queries_per_s / reported.queries_per_s <= RATE_PRECISION
+    tried = {run.queries_per_s: run.verdict for run in row.runs}
+    assert tried[row.missed_queries_per_s] == "INVALID"
+    assert len({run.folder for run in row.runs}) == len(tried)
+    for run in row.runs:
+        summary = (tmp_path / run.folder / "mlperf_log_summary.txt").read_text()
+        assert f"Result is : {run.verdict}" in summary
+        assert "target_latency (ns): 100000000" in summary
+    assert scenario_exit_code(result) == 0
+
+
+def test_a_bound_that_cannot_hold_is_invalid(plan: MakePlan, tmp_path: Path) -> None:
+    """Even a query that computes nothing takes longer than a microsecond."""
+    result = go(plan(backends=("null",)), Wanted(Scenario.SERVER, 0.1, 1, 1e-6), tmp_path / "result.json")
+    (row,) = result.rows
+    assert [run.verdict for run in row.runs] == ["INVALID", "INVALID"]
+    assert row.reported == 1
+    assert row.missed_queries_per_s == row.runs[1].queries_per_s
+    assert "Performance constraints" in row.runs[1].unmet
+    assert scenario_exit_code(result) == EXIT_NEGATIVE
+
+
+def test_without_loadgen_the_extra_is_named(plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
+    with pytest.raises(BenchError, match=r"pip install 'ninefold\[mlperf\]'") as caught:
+        go(plan(), Wanted(Scenario.OFFLINE, 0.1, 8, None), tmp_path / "result.json")
+    assert caught.value.exit_code == EXIT_UNAVAILABLE
+
+
+@pytest.mark.parametrize("limit", [0.07, 0.3, 1.0, 1.01, 3.0, 1000.0])
+def test_the_search_closes_in(limit: float) -> None:
+    tried: list[float] = []
+
+    def holds(rate: float) -> bool:
+        tried.append(rate)
+        return rate <= limit
+
+    held, missed = highest_rate(holds, first=1.0, lowest=0.05)
+    assert held is not None
+    assert held <= limit < missed <= RATE_PRECISION * held
+    assert {held, missed} <= set(tried)
+    assert len(tried) == len(set(tried)) < 20
+
+
+def test_the_search_gives_up() -> None:
+    assert highest_rate(lambda rate: False, first=1.0, lowest=0.05) == (None, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--min-duration-s", "5"], "--min-duration-s needs --scenario"),
+        (["--scenario", "offline", "--latency-bound-ms", "5"], "one of: server"),
+        (["--scenario", "server", "--samples-per-query", "5"], "one of: multi-stream"),
+        (["--scenario", "server", "--rounds", "5"], "--rounds and --scenario"),
+        (["--scenario", "single-stream", "--batch-size", "5"], "only offline takes --batch-size"),
+        (["--scenario", "offline", "--batch-size", "5", "--batch-size", "6"], "only offline takes --batch-size"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(arguments: list[str], words: str) -> None:
+    error = CliRunner().invoke(app, ["run", *arguments]).exception
+    assert isinstance(error, BenchError)
+    assert words in str(error)
+    assert error.exit_code == EXIT_USAGE
+
+
+def test_where_the_logs_are() -> None:
+    assert log_folder(Path("results/a.b-server.json")) == Path("results/a.b-server")
+    assert log_folder(Path("results/named")) == Path("results/named-logs")
+
+
+def test_the_command_imports_loadgen_only_where_it_is_used() -> None:
+    code = "import sys, bench.cli; print({'torch', 'onnxruntime', 'numpy', 'mlperf_loadgen'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
