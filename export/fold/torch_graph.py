@@ -351,7 +351,11 @@ def _name(fx_node: fx.Node) -> str:
 
 
 def write(module: fx.GraphModule, graph: Graph) -> fx.GraphModule:
-    """A new module that computes the folded `graph`, read from `module`. Shares no storage with it."""
+    """A new module that computes the folded `graph`, read from `module`. Shares no storage with it.
+
+    The graph is what it was when read afterwards: its float64 weights, twice the model's size where that is float32,
+    are let go one by one while the new ones are made.
+    """
     fx_graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result = fx_graph.graph_copy(module.graph, copies)
@@ -361,6 +365,7 @@ def write(module: fx.GraphModule, graph: Graph) -> fx.GraphModule:
     writer = _Writer(module, fx_graph, copies)
     for node in graph.nodes:
         writer.node(node)
+        node.op = node.read_as
     fx_graph.eliminate_dead_code()
     targets = {str(n.target) for n in fx_graph.nodes if n.op == "get_attr"}
     attributes: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """Every torchvision classification model, folded; and what other tools leave of its BatchNorms.
 
     python tests/zoo/zoo.py run [MODEL…]      one process for each model, a line of JSON each: docs/results/zoo.jsonl
+    python tests/zoo/zoo.py cost MODEL        time and memory of folding it, float32, in a process of its own
     python tests/zoo/zoo.py named             the same for the networks of tests/support/after_activation.py
     python tests/zoo/zoo.py table             docs/zoo.md from those lines
 
@@ -78,12 +79,13 @@ def measure(name: str, model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     with torch.no_grad():
         result["output_spread"] = float(model(x).std())
     if folded.report.folded:
-        # The control: one output channel of a layer in the middle of the folds gets another bias.
+        # The control: one output channel of a layer in the middle of the folds gets another bias, large enough to get
+        # through any ReLU behind it.
         layers = [norm.into[-1] for norm in folded.report.folded]
         wrong = copy.deepcopy(folded.module)
         biases = {n: p for n, p in wrong.named_parameters() if n.endswith("bias") and p.dim() == 1}
         chosen = biases.get(f"{layers[len(layers) // 2]}.bias", list(biases.values())[len(biases) // 2])
-        chosen.data[len(chosen) // 2] += 0.5
+        chosen.data[len(chosen) // 2] += 1 + 10 * chosen.abs().max()
         result["mutation"] = difference(model, wrong, x)
     return result
 
@@ -123,6 +125,8 @@ def peers(model: Any, x: Any) -> dict[str, int | str]:
         return sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
     attempt("torch.fx", fused)
+    if 4 * sum(p.numel() for p in model.parameters()) >= 2**31:
+        return found  # no ONNX file can hold it
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
@@ -192,6 +196,46 @@ def run(names: list[str]) -> None:
         store(RESULTS, line)
 
 
+def cost(name: str) -> dict[str, Any]:
+    """Time and memory of folding alone, in this process, which has imported everything and made nothing yet."""
+    import torch
+    from torch import nn
+
+    from export.fold import fold_batchnorm
+
+    def resident() -> int:
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+    tiny = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    fold_batchnorm(tiny, (torch.zeros(2, 3, 8, 8),))  # what is imported and compiled at the first use
+    imports = resident()
+    model, shape = torchvision_model(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # in place: no second copy of the model may count
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    x = torch.randn(2, *shape)
+    before = resident()
+    start = time.perf_counter()
+    folded = fold_batchnorm(model, (x,))
+    seconds = time.perf_counter() - start
+    peak = resident()
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return {
+        "model": name,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 2),
+        "model_bytes": size,
+        "peak_above_imports_bytes": peak - imports,
+        "peak_above_imports_models": round((peak - imports) / size, 2),
+        "peak_before_folding_models": round((before - imports) / size, 2),
+        "folded": len(folded.report.folded),
+        "kept": len(folded.report.kept),
+    }
+
+
 def named() -> None:
     """The networks of known shape whose BatchNorms stand after the activation."""
     import torch
@@ -252,6 +296,8 @@ if __name__ == "__main__":
 
             torch.manual_seed(0)
             print(json.dumps(measure(name, *torchvision_model(name))))
+        case ["cost", name]:
+            print(json.dumps(cost(name)))
         case ["named"]:
             named()
         case ["run", *names]:
