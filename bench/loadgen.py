@@ -106,7 +106,8 @@ def drive(call: Callable[[np.ndarray], np.ndarray], raw: np.ndarray, load: Load,
     `call` turns raw images [n, …] into float32 logits [n, …]; `raw` are all images that there are. Every query is
     answered before LoadGen issues the next, in the order in which they arrive.
 
-    Raises whatever `call` raises. LoadGen can't be used again in this process then.
+    Raises whatever `call` raises, once LoadGen has come to an end: it does not survive an exception from within, so
+    that every query after that one is answered with nothing.
     """
     import mlperf_loadgen
     import numpy as np
@@ -116,18 +117,26 @@ def drive(call: Callable[[np.ndarray], np.ndarray], raw: np.ndarray, load: Load,
     response, complete = mlperf_loadgen.QuerySampleResponse, mlperf_loadgen.QuerySamplesComplete
     size = load.images_per_call
     queries = answered = 0
+    failures: list[Exception] = []
 
     def issue(ids: list[int], indices: list[int]) -> None:
         nonlocal queries, answered
         queries += 1
         answered += len(ids)
         for start in range(0, len(ids), size):
-            chosen = indices[start : start + size]
+            some, chosen = ids[start : start + size], indices[start : start + size]
+            if failures:
+                complete([response(id_, 0, 0) for id_ in some])
+                continue
             # A view where there is but one image: no copy that a caller with an image in hand would not make.
             batch = images[chosen[0] : chosen[0] + 1] if len(chosen) == 1 else images[chosen]
-            logits = np.ascontiguousarray(call(batch), np.float32)
+            try:
+                logits = np.ascontiguousarray(call(batch), np.float32)
+            except Exception as error:  # whatever a runtime raises
+                failures.append(error)
+                complete([response(id_, 0, 0) for id_ in some])
+                continue
             address, each = logits.__array_interface__["data"][0], logits.nbytes // len(chosen)
-            some = ids[start : start + size]
             complete([response(id_, address + place * each, each) for place, id_ in enumerate(some)])
 
     system = mlperf_loadgen.ConstructFastSUT(issue, _nothing)
@@ -144,6 +153,8 @@ def drive(call: Callable[[np.ndarray], np.ndarray], raw: np.ndarray, load: Load,
         gc.enable()
         mlperf_loadgen.DestroyQSL(library)
         mlperf_loadgen.DestroyFastSUT(system)
+    if failures:
+        raise failures[0]
     return Driven(queries, answered, time.perf_counter() - started)
 
 

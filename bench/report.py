@@ -219,8 +219,9 @@ def print_scenario(result: ScenarioResult, out: Console) -> None:
         if row.missed_queries_per_s is not None:
             bound = f"a p99 of {settings.latency_bound_ms:g} ms"
             rates = [run.queries_per_s or 0.0 for run in row.runs if run.verdict == "VALID"]
-            held = f"{max(rates):,.4g} queries/s held {bound}" if rates else f"no rate that was tried held {bound}"
-            out.print(f"{escape(row.subject.label)}: {held}, {row.missed_queries_per_s:,.4g} queries/s did not")
+            held = f"{_per_s(max(rates))} queries/s held {bound}" if rates else f"no rate tried held {bound}"
+            missed = _per_s(row.missed_queries_per_s)
+            out.print(f"{escape(row.subject.label)}: {held}, {missed} queries/s did not")
         if row.reported is not None and (unmet := row.runs[row.reported].unmet):
             out.print(f"[red]INVALID[/] {escape(row.subject.label)}: LoadGen calls not satisfied: {', '.join(unmet)}")
     _print_failed([row.subject for row in result.rows], out)
@@ -233,7 +234,7 @@ def _scenario_result(row: ScenarioRow, scenario: Scenario) -> str:
         return "–"
     run = row.runs[row.reported]
     if scenario is Scenario.SERVER:
-        return "–" if run.verdict == "INVALID" else f"{_number(run.queries_per_s, ',.4g')} queries/s"
+        return "–" if run.verdict == "INVALID" else f"{_per_s(run.queries_per_s or 0.0)} queries/s"
     if scenario is Scenario.OFFLINE:
         return f"{_number(run.images_per_s, ',.0f')} images/s"
     if scenario is Scenario.SINGLE_STREAM:
@@ -340,8 +341,8 @@ def _two_runs_table(found: Iterable[Compared]) -> Table:
             escape(compared.subject),
             str(compared.batch_size),
             compared.timing.replace("_", " "),
-            _images_per_s(ratio.denominator_median),
-            _images_per_s(ratio.numerator_median),
+            _per_s(ratio.denominator_median),
+            _per_s(ratio.numerator_median),
             _ratio(ratio, ".3f") if ratio.low is not None else f"{_ratio(ratio, '.3f')} (–)",
         )
     return table
@@ -406,7 +407,7 @@ def _spread(spread: Spread) -> str:
     return f"{spread.median:{digits}}" + ("" if half is None else f" ±{half:.1f}%")
 
 
-def _images_per_s(value: float) -> str:
+def _per_s(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
 
 
