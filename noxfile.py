@@ -19,6 +19,9 @@ ENVIRONMENT = ROOT / ".nox" / "ninefold"
 BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 STAMP = ENVIRONMENT / "made-from"
 PIPELINE = ("train", "export", "bench")
+STORED = ROOT / ".benchmarks"
+# Runs of the same code in one process after another were seen to differ by up to 9 % on a machine with other work.
+SLOWER = "median:20%"
 
 nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["lint", "tests"]
@@ -98,5 +101,23 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """Run the speed comparisons; arguments go to pytest."""
-    run(session, "-m", "pytest", "--benchmark-only", *session.posargs)
+    """Time every backend, keep the run, and fail where one is slower than in the last run kept.
+
+    Arguments go to pytest instead, and nothing is kept: a run of some of the benchmarks is nothing to compare with.
+    """
+    if session.posargs:
+        run(session, "-m", "pytest", "--benchmark-only", *session.posargs)
+        return
+    kept = set(STORED.glob("*/[0-9]*.json"))
+    comparison = []
+    if kept:
+        last = max(kept, key=lambda path: path.stat().st_mtime)
+        comparison = [f"--benchmark-compare={last}", f"--benchmark-compare-fail={SLOWER}"]
+    place = ["--benchmark-autosave", f"--benchmark-storage=file://{STORED}"]
+    try:
+        run(session, "-m", "pytest", "--benchmark-only", *place, *comparison, "tests/benchmarks/test_throughput.py")
+    except BaseException:  # Ctrl-C too
+        # pytest-benchmark keeps a run that failed; the next one would be held to what should not have passed.
+        for path in set(STORED.glob("*/[0-9]*.json")) - kept:
+            path.rename(path.with_name(f"failed-{path.name}"))
+        raise

@@ -13,7 +13,7 @@ import mmap
 import re
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
@@ -334,7 +334,8 @@ def _torch() -> Torch | Broken:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         return Broken(str(error))
-    number = torch.backends.cudnn.version() if torch.version.cuda else None
+    cudnn: Any = torch.backends.cudnn
+    number = cudnn.version() if torch.version.cuda else None
     # 8902 is 8.9.2, and since version 9 there are two digits more: 92400 is 9.24.0.
     major = None if number is None else number // (1_000 if number < 10_000 else 10_000)
     return Torch(torch.__version__, torch.version.cuda, major)
@@ -362,7 +363,7 @@ def _onnxruntime() -> OnnxRuntime | Broken:
     )
 
 
-def whose(file: Path, installed: Iterator[Any]) -> tuple[list[Any], list[Any]]:
+def whose(file: Path, installed: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     """The installed distributions whose records list the file of onnxruntime's package, and those that list it at
     another place, or are named after it and have no record at all.
     """

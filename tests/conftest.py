@@ -5,10 +5,31 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, str]:
+    """What pytest-benchmark stores with a run: by what `bench compare` knows a machine, and not its clock just now."""
+    from bench.environment import describe, fingerprint, usable_cpus
+
+    return fingerprint(describe(), usable_cpus(), "strict")
+
+
+def pytest_benchmark_compare_machine_info(machine_info: dict[str, str], compared_benchmark: dict[str, Any]) -> None:
+    """Refuse to compare with another machine's run; pytest-benchmark alone would warn and compare."""
+    stored = compared_benchmark["machine_info"]
+    differences = [
+        f"{name}: {stored.get(name)} against {here}" for name, here in machine_info.items() if stored.get(name) != here
+    ]
+    if differences:
+        raise pytest.UsageError(
+            f"the stored run was measured on another machine: {'; '.join(differences)}. Compare with a run of this "
+            "one, or keep each machine's in a folder of its own with --benchmark-storage."
+        )
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,10 @@ def test_bench_imports_the_bundle_only() -> None:
     [
         *(["-c", f"import {package}"] for package in PACKAGES),
         *(["-m", package, "--help"] for package in PACKAGES),
-        *(["-m", "bench", command, "--help"] for command in ("run", "parity", "backends")),
+        *(
+            ["-m", "bench", command, "--help"]
+            for command in ("run", "report", "compare", "doctor", "parity", "backends")
+        ),
         ["-c", "import export.bundle, export.fold"],
     ],
     ids=" ".join,

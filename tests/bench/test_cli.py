@@ -79,6 +79,24 @@ def test_two_bundles_in_one_run(small_bundle: Path, tampered: Callable[..., Path
     assert {(r.against, r.numerator, r.throughput_ratio.rounds) for r in result.ratios} == {("base", "onnx-cpu@B", 6)}
 
 
+def test_a_result_is_shown_again(result: Result, tmp_path: Path) -> None:
+    """The tables of the run, from its samples alone: what the file says was derived is not looked at."""
+    import io
+
+    from rich.console import Console
+
+    from bench.report import MIN_WIDTH, print_run
+    from bench.results import write_result
+
+    path = tmp_path / "result.json"
+    shown = io.StringIO()
+    print_run(result, Console(file=shown, width=MIN_WIDTH, highlight=False))
+    write_result(result.model_copy(update={"rows": (), "ratios": ()}), path)
+    done = bench("report", path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown.getvalue()
+
+
 def test_backends_never_lies() -> None:
     import torch
 
@@ -99,6 +117,8 @@ def test_backends_never_lies() -> None:
         (["run", "--bundle", "nowhere"], 4, "no bundle at "),
         (["ab", "{bundle}"], 2, "at least two"),
         (["ab", "{bundle}", "nowhere"], 4, "no bundle at "),
+        (["report", "nowhere.json"], 4, "no result can be read at nowhere.json"),
+        (["compare", "{bundle}/bundle.json", "nowhere.json"], 4, "bundle.json "),
         (["run", "--bundle", "{bundle}", "--json", "/dev/null/result.json"], 4, "--json"),
         (["run", "--bundle", "{altered}", "--backend", "onnx-cpu"], 4, "was altered"),
     ],

@@ -129,7 +129,7 @@ def test_whose_file_it_is(tmp_path: Path) -> None:
     installed(user, "onnxruntime-openvino", ["onnxruntime/__init__.py"])
     (tmp_path / "link").symlink_to(site)
     found = metadata.distributions(path=[str(site), str(user)])
-    owners, others = doctor.whose(tmp_path / "link" / "onnxruntime" / "__init__.py", iter(found))
+    owners, others = doctor.whose(tmp_path / "link" / "onnxruntime" / "__init__.py", found)
     assert sorted(owner.name for owner in owners) == ["onnxruntime", "onnxruntime-gpu"]
     assert [other.name for other in others] == ["onnxruntime-openvino"]
 
@@ -138,12 +138,28 @@ def test_a_stale_record_is_seen(tmp_path: Path) -> None:
     installed(tmp_path, "onnxruntime-gpu", ["onnxruntime/__init__.py"])
     installed(tmp_path, "onnxruntime", None)
     owners, others = doctor.whose(
-        tmp_path / "onnxruntime" / "__init__.py", iter(metadata.distributions(path=[str(tmp_path)]))
+        tmp_path / "onnxruntime" / "__init__.py", metadata.distributions(path=[str(tmp_path)])
     )
     assert ([owner.name for owner in owners], [other.name for other in others]) == (
         ["onnxruntime-gpu"],
         ["onnxruntime"],
     )
+
+
+def test_the_module_itself_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two packages in one folder that comes first on the path; the module says another version than either record."""
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        installed(tmp_path, name, ["onnxruntime/__init__.py"])
+    module = 'package_name = "onnxruntime-gpu"\n__version__ = "9.9"\ncuda_version = "12.8"\n'
+    (tmp_path / "onnxruntime" / "__init__.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    found = doctor._onnxruntime()
+    del sys.modules["onnxruntime"]  # the made-up one; the real one comes back by itself
+    assert isinstance(found, OnnxRuntime)
+    assert (found.package, found.version, found.cuda, found.missing) == ("onnxruntime-gpu", "9.9", "12.8", None)
+    assert sorted(owner.name for owner in found.owners) == ["onnxruntime", "onnxruntime-gpu"]
+    assert [finding.severity for finding in check_onnxruntime(found, False)] == [ERROR]
 
 
 @pytest.mark.parametrize(

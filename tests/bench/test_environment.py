@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.environment import describe, usable_cpus
+from bench.environment import allowed_cpus, cpu_quota, describe, usable_cpus
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,7 @@ def cgroup(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
         ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
         ("0::/job\n", {"job/cpu.max": "250000 100000\n"}, 2),
         ("0::/pod/job\n", {"pod/cpu.max": "300000 100000\n", "pod/job/cpu.max": "max 100000\n"}, 3),
+        ("0::/pod/job\n", {"pod/cpu.max": "300000 100000\n", "pod/job/cpu.max": "600000 100000\n"}, 3),
         ("0::/job\n", {"job/cpu.max": "50000 100000\n"}, 1),
         ("4:cpu,cpuacct:/job\n", {"cpu/job/cpu.cfs_quota_us": "400000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 4),
         ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
@@ -44,6 +45,12 @@ def test_quotas_cut_the_affinity(own: str, files: dict[str, str], want: int, tmp
 def test_without_cgroups_the_affinity_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     assert usable_cpus(tmp_path / "none", tmp_path / "none") == 2
+
+
+def test_a_quota_is_told_in_cpus_as_it_stands(tmp_path: Path) -> None:
+    assert cpu_quota(*cgroup(tmp_path, "0::/job\n", {"job/cpu.max": "250000 100000\n"})) == 2.5
+    assert cpu_quota(*cgroup(tmp_path, "0::/gone\n", {})) is None
+    assert allowed_cpus() == 8
 
 
 def test_this_machine_is_described() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.errors import EXIT_BAD_INPUT, BenchError
-from bench.results import Result, check_writable, write_result
+from bench.results import SCHEMA_VERSION, Result, check_writable, read_result, write_result
 
 UNITS = (
     "seconds",
@@ -129,3 +129,58 @@ def test_an_unwritable_place_is_told_beforehand(kind: str, tmp_path: Path) -> No
 def test_a_writable_place_is_left_empty(tmp_path: Path) -> None:
     check_writable(tmp_path / "new" / "result.json")
     assert leftovers(tmp_path / "new") == []
+
+
+def spoilt(kind: str, result: Result, path: Path) -> Path:
+    write_result(result, path)
+    content = path.read_text()
+    fields = json.loads(content)
+    fields["settings"].pop("threads")
+    match kind:
+        case "missing":
+            path.unlink()
+        case "a folder":
+            return path.parent
+        case "cut off":
+            path.write_text(content[: len(content) // 2])
+        case "empty":
+            path.write_text("")
+        case "binary":
+            path.write_bytes(bytes(range(256)))
+        case "a list":
+            path.write_text("[1, 2]")
+        case "another file":
+            path.write_text('{"name": "article"}')
+        case "another version":
+            path.write_text(json.dumps(fields | {"schema_version": 17}))
+        case "a field is missing":
+            path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "no result can be read at .*No such file"),
+        ("a folder", "no result can be read at .*Is a directory"),
+        ("cut off", "is not JSON, or only the beginning of it: .*line [0-9]{2,}"),
+        ("empty", "is not JSON, or only the beginning of it"),
+        ("binary", "is not JSON, or only the beginning of it"),
+        ("a list", "no result: it has no schema_version"),
+        ("another file", "no result: it has no schema_version"),
+        ("another version", f"has schema version 17; this bench reads version {SCHEMA_VERSION}"),
+        ("a field is missing", "is not a whole result: settings.threads: Field required"),
+    ],
+)
+def test_what_is_no_result_is_refused_by_name(kind: str, words: str, result: Result, tmp_path: Path) -> None:
+    path = spoilt(kind, result, tmp_path / "result.json")
+    with pytest.raises(BenchError, match=words) as caught:
+        read_result(path)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert str(path) in str(caught.value)
+
+
+def test_a_result_is_read_back(result: Result, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_result(result, path)
+    assert read_result(path) == result

@@ -3,8 +3,11 @@
 `pytest --benchmark-only` runs these; a plain `pytest` skips them. The bundle is the one in `artifacts/`, if it was
 exported, else the shortly trained one of the tests: time doesn't depend on the weights.
 
+What is timed ends with the logits in host memory, so that on CUDA too the clock stops when the result is there: `run`
+returns when it exists on the device (see `bench.backend.Session`), and `fetch` copies it.
+
 All in one process and without interleaving: right for one backend before and after a change. To compare backends with
-each other there is `bench run`.
+each other there is `bench run`; for a small difference between two bundles, `bench ab`.
 """
 
 from __future__ import annotations
