@@ -120,7 +120,7 @@ def print_two_runs(
             f"{_ratio(compared.throughput_ratio, '.3f')} of the base"
         )
     if not found:
-        out.print(f"none is slower than the base by more than {threshold_percent:g} %")
+        out.print(f"none is shown to be slower than the base by more than {threshold_percent:g} %")
 
 
 def print_findings(findings: Sequence[Finding], out: Console) -> None:

@@ -194,7 +194,7 @@ def test_the_command(
 
     code, out, err = bench(capsys, monkeypatch, "compare", paths["base"], paths["again"])
     assert (code, err) == (0, "")
-    assert "none is slower than the base by more than 5 %" in out
+    assert "none is shown to be slower than the base by more than 5 %" in out
     assert "weaker evidence" in out
     assert "bench ab" in out
 
