@@ -253,7 +253,7 @@ def read_result(path: Path) -> Result:
     """The result in a file. Raises BenchError (bad input) for one that is missing, cut off, no JSON, of another
     version of the schema, or no result.
     """
-    remedy = "Name a file that bench run or bench ab wrote with --json."
+    remedy = "Name a file that bench run (without --scenario) or bench ab wrote with --json."
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -266,6 +266,8 @@ def read_result(path: Path) -> Result:
         ) from None
     if not isinstance(fields, dict) or "schema_version" not in fields:
         raise BenchError(f"{path} is JSON, but no result: it has no schema_version. {remedy}", EXIT_BAD_INPUT)
+    if fields.get("kind") == "scenario":
+        raise BenchError(f"{path} is what LoadGen found in a scenario: it has no rounds. {remedy}", EXIT_BAD_INPUT)
     if fields["schema_version"] != SCHEMA_VERSION:
         raise BenchError(
             f"{path} has schema version {fields['schema_version']!r}; this bench reads version {SCHEMA_VERSION}. "

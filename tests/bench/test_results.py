@@ -151,6 +151,8 @@ def spoilt(kind: str, result: Result, path: Path) -> Path:
             path.write_text("[1, 2]")
         case "another file":
             path.write_text('{"name": "article"}')
+        case "a scenario":
+            path.write_text('{"schema_version": 1, "kind": "scenario"}')
         case "another version":
             path.write_text(json.dumps(fields | {"schema_version": 17}))
         case "a field is missing":
@@ -168,6 +170,7 @@ def spoilt(kind: str, result: Result, path: Path) -> Path:
         ("binary", "is not JSON, or only the beginning of it"),
         ("a list", "no result: it has no schema_version"),
         ("another file", "no result: it has no schema_version"),
+        ("a scenario", "found in a scenario: it has no rounds.*without --scenario"),
         ("another version", f"has schema version 17; this bench reads version {SCHEMA_VERSION}"),
         ("a field is missing", "is not a whole result: settings.threads: Field required"),
     ],
