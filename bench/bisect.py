@@ -6,11 +6,14 @@ optimisations off. Knows nothing of how a file was folded: a fold moves scales a
 are paired by what they compute and not by name or place. A node
 
     agrees      if some torch node has the same numbers for the same images, up to rounding. The reference of rounding
-                is what float32 torch makes of that node. More channels at the end that no image changes (the channel
-                of ones of a fold) count for nothing. The last node has to agree with the torch graph's own output.
+                is what float32 torch makes of that node, and 2^13 times that in the fast profile and for what the file
+                computes from float16: to overflow is a divergence, to round is none. More channels at the end that no
+                image changes (the channel of ones of a fold) count for nothing. The last node has to agree with the
+                torch graph's own output.
     is meant    if it agrees with nothing, but something that is computed from it does: a fold's scale or shift is
                 still missing there and is made up for later.
-    diverges    otherwise; the first in the file's order is named. All before it agree or are meant.
+    diverges    otherwise; the first in the file's order is named, but for one that makes NaN or infinity of finite
+                numbers: that one comes before all, since nothing after it can be told.
 
 The named node is then run once more alone, in float64 on the very inputs that it had: if that gives what the runtime
 gave, the file says something else than the torch graph, else the runtime (or its precision) makes something else of it
@@ -35,7 +38,7 @@ from bench.backend import Options, Profile, Session
 from bench.parity import TF32_ROUNDING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import onnx
     import torch
@@ -80,18 +83,24 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Bisection:
-    """What was found on `images` (places in the oracle). `agreeing` of the file's `nodes` agree with a torch node."""
+    """What was found on `images` (places in the oracle).
+
+    `agreeing` of the file's `nodes` agree with a torch node; `from_float16` of them are float16, or computed from it.
+    """
 
     images: tuple[int, ...]
     nodes: int
     agreeing: int
+    from_float16: int
     divergence: Divergence | None
 
     def in_words(self) -> str:
         """One sentence for a person."""
         found = self.divergence
         if found is None:
-            return f"no node diverges; {self.agreeing} of {self.nodes} agree with a torch node, the others are meant"
+            rounding = f"; {self.from_float16} may be off by float16's rounding" if self.from_float16 else ""
+            agreeing = f"{self.agreeing} of {self.nodes} agree with a torch node, the others are meant"
+            return f"no node diverges; {agreeing}{rounding}"
         error = "" if found.relative_error is None else f", off by {found.relative_error:.2g} of its RMS"
         if found.non_finite:
             error = f", with {found.non_finite} numbers that are NaN or infinite"
@@ -122,9 +131,10 @@ class _Reference:
     rms: float
     float32_error: float
 
-    def limit(self, profile: Profile) -> float:
-        """How far a value may be from this one to be the same, relative to the RMS."""
-        return ROUNDING_FACTOR * max(self.float32_error, EPSILON) * (TF32_ROUNDING if profile is Profile.FAST else 1.0)
+    def limit(self, coarse: bool) -> float:
+        """How far a value may be from this one to be the same, relative to the RMS. TF32 rounds as coarsely as float16
+        does."""
+        return ROUNDING_FACTOR * max(self.float32_error, EPSILON) * (TF32_ROUNDING if coarse else 1.0)
 
     def distance(self, rows: np.ndarray) -> float | None:
         """RMS difference over the RMS, infinite for rows that are not finite; None where they can't be this value."""
@@ -156,7 +166,7 @@ def bisect(
     for found, wanted in ((output.rows, truth), (_fed(session, raw), inputs)):
         error = _rms(found - wanted) / (_rms(wanted) or 1.0)
         if error > INPUT_ROUNDING:
-            return Bisection(images, 0, 0, Divergence("input", None, None, None, error, 0, None))
+            return Bisection(images, 0, 0, 0, Divergence("input", None, None, None, error, 0, None))
 
     model = onnx.load(str(bundle.locate(bundle.entry("onnx", folded=options.folded))))
     values = _onnx_values(model, manifest.input.name, inputs, device, options)
@@ -166,10 +176,10 @@ def bisect(
     if node is None:
         logits = _rows(session.fetch(session.run(session.prepare(raw))), len(images))
         distance = output.distance(logits)
-        if distance is None or distance > output.limit(options.profile):
+        if distance is None or distance > output.limit(walk.is_coarse(manifest.output.name)):
             non_finite = int(np.count_nonzero(~np.isfinite(logits)))
             divergence = Divergence("runtime", None, None, output.name, _finite(distance), non_finite, "runtime")
-    return Bisection(images, len(walk.nodes), walk.agreeing, divergence)
+    return Bisection(images, len(walk.nodes), walk.agreeing, walk.from_float16, divergence)
 
 
 class _Walk:
@@ -191,49 +201,77 @@ class _Walk:
         self._profile = profile
         self._input = next(value.name for value in model.graph.input if value.name in values)
         self._dependent = {self._input}
+        self._half: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         for node in model.graph.node:
             if not self._dependent.isdisjoint(node.input):
                 self._dependent.update(node.output)
                 if self._numbers(node) is not None:
                     self.nodes.append(node)
+                    if values[node.output[0]].dtype == np.float16 or not self._half.isdisjoint(node.input):
+                        self._half.update(node.output)
         self._agreed: dict[str, _Reference] = {}
         for node in self.nodes:
             last = any(value.name == node.output[0] for value in model.graph.output)
             if (reference := self._same(node, [output] if last else references)) is not None:
                 self._agreed[node.output[0]] = reference
         self.agreeing = len(self._agreed)
+        self.from_float16 = sum(node.output[0] in self._half for node in self.nodes)
+
+    def is_coarse(self, name: str) -> bool:
+        """Whether the value may be rounded to the 10 bits of TF32 or float16."""
+        return self._profile is Profile.FAST or name in self._half
 
     def first_diverging(self) -> onnx.NodeProto | None:
-        """The first node that neither agrees nor is made up for by one that does."""
+        """The first node that neither agrees nor is made up for by one that does; an overflow among them before all."""
         sound = set(self._agreed)
         for node in reversed(self._model.graph.node):
             if not sound.isdisjoint(node.output):
                 sound.update(node.input)
-        return next((node for node in self.nodes if node.output[0] not in sound), None)
+        diverging = [node for node in self.nodes if node.output[0] not in sound]
+        overflows = (node for node in diverging if self._is_finite(node.input) and not self._is_finite(node.output[:1]))
+        return next(overflows, diverging[0] if diverging else None)
+
+    def _is_finite(self, names: Iterable[str]) -> bool:
+        """Whether every number of these values is finite. Whole numbers are."""
+        read = (self._values[name] for name in names if name in self._values)
+        return all(bool(np.isfinite(value).all()) for value in read if value.dtype.kind == "f")
 
     def describe(self, node: onnx.NodeProto) -> Divergence:
-        """What is known of a node that diverges."""
-        rows = self._numbers(node)
+        """What is known of a node that diverges, measured where its layer is complete."""
+        layer = _layer_of_weights(node, self._model)
+        parts = [node, *(self._rest_of_layer(node, layer) if layer else ())]
+        rows = self._numbers(parts[-1])
         assert rows is not None
         taken = {id(reference) for reference in self._agreed.values()}
         free = [reference for reference in self._references if id(reference) not in taken]
-        distances = [(distance, place) for place, r in enumerate(free) if (distance := r.distance(rows)) is not None]
+        # First by the layer, where its name is known: what is far off may come nearest to anything.
+        found = [
+            (reference.layer != layer, distance, place)
+            for place, reference in enumerate(free)
+            if (distance := reference.distance(rows)) is not None
+        ]
         distance, nearest = None, None
-        if distances:
-            distance, place = min(distances)
+        if found:
+            _, distance, place = min(found)
             nearest = free[place]
-        layer = _layer_of_weights(node, self._model) or (None if nearest is None else nearest.layer)
+            layer = layer or nearest.layer
         before_any_layer = self._reads_the_input(node) and not self._weights(node)
+        culprits = {self._culprit(part) for part in parts}
         return Divergence(
             where="input" if before_any_layer else "node",
-            node=f"{node.op_type} {node.name}",
+            node=" with ".join(f"{part.op_type} {part.name}" for part in parts),
             layer=None if before_any_layer else layer,
             nearest=None if nearest is None else nearest.name,
             relative_error=_finite(distance),
             non_finite=int(np.count_nonzero(~np.isfinite(rows))),
-            culprit=self._culprit(node, rows),
+            culprit=next(culprit for culprit in ("runtime", None, "file") if culprit in culprits),
         )
+
+    def _rest_of_layer(self, node: onnx.NodeProto, layer: str) -> list[onnx.NodeProto]:
+        """The node after it that adds the same layer's bias, or its bias map; without it an output is no layer's."""
+        after = (other for other in self.nodes if node.output[0] in other.input)
+        return [other for other in after if _layer_of_weights(other, self._model) == layer][:1]
 
     def _numbers(self, node: onnx.NodeProto) -> np.ndarray | None:
         """The node's first output as float64 [images, numbers of an image]; None where it is none of an image's."""
@@ -248,7 +286,7 @@ class _Walk:
         assert rows is not None
         for reference in references:
             distance = reference.distance(rows)
-            if distance is not None and distance <= reference.limit(self._profile):
+            if distance is not None and distance <= reference.limit(self.is_coarse(node.output[0])):
                 return reference
         return None
 
@@ -266,8 +304,10 @@ class _Walk:
             if name not in self._dependent and name in self._values and self._values[name].dtype.kind == "f"
         ]
 
-    def _culprit(self, node: onnx.NodeProto, rows: np.ndarray) -> Literal["file", "runtime"] | None:
+    def _culprit(self, node: onnx.NodeProto) -> Literal["file", "runtime"] | None:
         """Who made the node's numbers: the file, if float64 makes the same of the node's own inputs."""
+        rows = self._numbers(node)
+        assert rows is not None
         from onnx import helper
         from onnx.reference import ReferenceEvaluator
 
@@ -285,11 +325,9 @@ class _Walk:
         except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError):
             return None  # the reference doesn't know the operator, or not in float64
         wanted = _rows(np.asarray(wanted), self._images)
-        if wanted.shape != rows.shape:
-            return None
         if not (np.isfinite(wanted).all() and np.isfinite(rows).all()):
             return "file" if np.array_equal(np.isfinite(wanted), np.isfinite(rows)) else "runtime"
-        scale = _rms(wanted) * (TF32_ROUNDING if self._profile is Profile.FAST else 1.0)
+        scale = _rms(wanted) * (TF32_ROUNDING if self.is_coarse(node.output[0]) else 1.0)
         return "file" if _rms(rows - wanted) <= KERNEL_ROUNDING * scale else "runtime"
 
 

@@ -39,6 +39,12 @@ def small_bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return tamper(bundle_dir, tmp_path_factory.mktemp("small") / "bundle", "oracle.safetensors", shorten)
 
 
+@pytest.fixture(scope="session")
+def tampered_at(small_bundle: Path) -> TamperedBundle:
+    """As `tampered`, for many: the first argument is where the copy goes."""
+    return partial(tamper, small_bundle)
+
+
 @pytest.fixture
 def tampered(small_bundle: Path, tmp_path: Path) -> TamperedBundle:
     """Makes a copy of the small bundle with a file rewritten, or the manifest changed, and consistent hashes."""
