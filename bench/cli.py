@@ -223,11 +223,9 @@ def report_command(
     """Print a result's tables again, every figure derived anew from its raw samples."""
     from bench.report import console, print_run
     from bench.results import read_result
-    from bench.summary import ratios, rows
+    from bench.summary import derived
 
-    read = read_result(result)
-    derived = {"rows": rows(read.samples, read.subjects), "ratios": ratios(read.samples, read.subjects)}
-    print_run(read.model_copy(update=derived), console())
+    print_run(derived(read_result(result)), console())
 
 
 @app.command("compare")

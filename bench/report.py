@@ -19,6 +19,7 @@ from bench.loadgen import OFFICIAL_MIN_DURATION_S, Scenario
 from bench.measure import Timing
 from bench.parity import ParityVerdict
 from bench.results import Against, Ratio, Result, Row, Skipped, SubjectResult
+from bench.roofline import Point, Survey
 from bench.statistics import MedianRatio, PairedRatio, Spread
 from bench.summary import slower
 
@@ -60,6 +61,8 @@ def print_run(result: Result, out: Console) -> None:
             "its 95 % bootstrap interval. –: too few samples, or nothing to compare.\n"
         )
         _print_sensors(result, out)
+    if result.survey is not None:
+        _print_roofline(result.survey, result.roofline, out)
     compared: dict[Against, str] = {"control": "folded against unfolded", "base": "each bundle against the first"}
     for against, title in compared.items():
         if found := [ratio for ratio in result.ratios if ratio.against == against]:
@@ -294,6 +297,28 @@ def _cells(row: Row, subject: SubjectResult, ratios: Iterable[Ratio]) -> Iterato
     yield "–" if subject.parity is None else _flips(subject.parity)
     yield "–" if subject.parity is None else _number(subject.parity.max_abs_error, ".1e")
     yield _ratio(_find(ratios, "torch", row.subject, row.batch_size, "device_resident"), ".3g")
+
+
+def _print_roofline(survey: Survey, points: Iterable[Point], out: Console) -> None:
+    """The model's work, the machine's peaks, and the share that each row reaches."""
+    peaks = "; ".join(
+        f"{peak.device} {peak.flops_per_s * 1e-9:,.0f} GFLOP/s, {peak.copy_bytes_per_s * 1e-9:,.1f} GB/s"
+        for peak in survey.peaks
+    )
+    work = survey.work
+    out.print(
+        f"[bold]roofline[/]: {work.flops_per_image * 1e-6:,.3g} MFLOP and "
+        f"{work.activation_bytes_per_image * 1e-3:,.3g} kB an image, "
+        f"{work.weight_bytes * 1e-6:,.3g} MB of weights a call; measured peaks: {peaks}"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("backend", overflow="fold")
+    for name in ("batch", "% of arithmetic", "% of memory", "what binds"):
+        table.add_column(name, justify="right", overflow="fold")
+    for point in points:
+        shares = f"{point.arithmetic_percent:.0f}", f"{point.memory_percent:.0f}"
+        table.add_row(escape(point.subject), str(point.batch_size), *shares, point.binds)
+    out.print(table)
 
 
 def _print_sensors(result: Result, out: Console) -> None:

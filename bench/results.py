@@ -21,6 +21,7 @@ from bench.environment import Environment
 from bench.errors import EXIT_BAD_INPUT, BenchError
 from bench.measure import Timing
 from bench.parity import ParityVerdict
+from bench.roofline import Point, Survey
 from bench.sensors import Reading
 from bench.statistics import PairedRatio, Spread
 from bench.worker import FailureKind
@@ -186,6 +187,7 @@ class Settings(_Frozen):
 class Result(_Frozen):
     """The whole file. `rows` and `ratios` can be derived again from `samples`.
 
+    `survey` is what `roofline` compares the rows with; None where it was not made.
     `readings` are the machine's clocks, temperatures and power before the first block and after the last.
     """
 
@@ -202,6 +204,8 @@ class Result(_Frozen):
     skipped: tuple[Skipped, ...]
     samples: tuple[Sample, ...]
     rows: tuple[Row, ...]
+    survey: Survey | None
+    roofline: tuple[Point, ...]
     ratios: tuple[Ratio, ...]
 
 

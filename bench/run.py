@@ -34,7 +34,8 @@ from bench.results import (
     SubjectResult,
     WarmUpFacts,
 )
-from bench.summary import CONTROL_SUFFIX, LETTER_SIGN, decided, enough, ratios, rows
+from bench.roofline import Survey, survey
+from bench.summary import CONTROL_SUFFIX, LETTER_SIGN, decided, enough, ratios, roofline, rows
 from bench.worker import (
     BadBundle,
     Bisect,
@@ -191,6 +192,7 @@ def run(plan: Plan, progress: Progress) -> Result:
     started_at = datetime.now(UTC)
     deadline = time.monotonic() + (math.inf if plan.time_limit_s is None else plan.time_limit_s)
     with loaded(plan, progress) as ready:
+        surveyed = _survey(plan, ready.lanes, progress)
         before = sensors.read()
         samples = _prove_and_measure(plan, ready.lanes, deadline, progress)
         readings = before, sensors.read()
@@ -218,7 +220,9 @@ def run(plan: Plan, progress: Progress) -> Result:
         subjects=results,
         skipped=ready.skipped,
         samples=samples,
-        rows=rows(samples, results),
+        rows=(found := rows(samples, results)),
+        survey=surveyed,
+        roofline=roofline(found, results, surveyed),
         ratios=ratios(samples, results),
     )
 
@@ -417,6 +421,17 @@ def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress:
                 if lane.failure is None:
                     samples += _turn(lane, batch_size, round_, position, plan.block_s)
     return tuple(samples)
+
+
+def _survey(plan: Plan, lanes: list[Lane], progress: Progress) -> Survey | None:
+    """The model's work and the peaks of the devices in use, while the workers wait. Not for several bundles, whose work
+    may differ.
+    """
+    devices = tuple(dict.fromkeys(d for lane in lanes if (d := lane.subject.backend.device) != "none"))
+    if plan.rounds == 0 or len(plan.bundles) > 1 or not devices:
+        return None
+    progress("measuring the machine's peaks", 0.02)
+    return survey(lanes[0].subject.bundle.path, devices, plan.threads, plan.profile, plan.timeout_s)
 
 
 def _enough(plan: Plan, lanes: list[Lane], samples: list[Sample]) -> bool:

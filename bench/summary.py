@@ -8,11 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.measure import Timing
-from bench.results import Against, Percentiles, Ratio, Row, Sample, SubjectResult
+from bench.results import Against, Percentiles, Ratio, Result, Row, Sample, SubjectResult
+from bench.roofline import Peak, Point, Survey, locate
 from bench.statistics import paired_ratio, percentile_ms, percentile_upper_bound_ms, settled, spread, throughput
 
 TIMINGS: tuple[Timing, ...] = ("device_resident", "end_to_end")
 CONTROL_SUFFIX, LETTER_SIGN = ":unfolded", "@"
+
+
+def derived(result: Result) -> Result:
+    """The result with its rows, roofline and ratios computed anew from its raw samples."""
+    found = rows(result.samples, result.subjects)
+    again = {
+        "rows": found,
+        "roofline": roofline(found, result.subjects, result.survey),
+        "ratios": ratios(result.samples, result.subjects),
+    }
+    return result.model_copy(update=again)
 
 
 def slower(ratios: Sequence[Ratio], threshold_percent: float) -> list[Ratio]:
@@ -97,6 +109,26 @@ def _percentiles(samples: Sequence[Sample], subject: str, batch_size: int, timin
         for suffix, function in (("", percentile_ms), ("_upper", percentile_upper_bound_ms))
     }
     return Percentiles(**values)
+
+
+def roofline(rows: Sequence[Row], subjects: Sequence[SubjectResult], surveyed: Survey | None) -> tuple[Point, ...]:
+    """Every row's place under the roofline of its device, where that was measured."""
+    if surveyed is None:
+        return ()
+    by_device: dict[str, Peak] = {peak.device: peak for peak in surveyed.peaks}
+    devices = {subject.label: subject.device for subject in subjects}
+    return tuple(
+        locate(
+            row.subject,
+            row.batch_size,
+            row.device_resident_throughput_images_per_s.median,
+            row.end_to_end_throughput_images_per_s.median,
+            surveyed.work,
+            peak,
+        )
+        for row in rows
+        if (peak := by_device.get(devices[row.subject])) is not None
+    )
 
 
 def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Ratio, ...]:

@@ -14,6 +14,7 @@ from bench.results import SCHEMA_VERSION, Result, check_writable, read_result, w
 
 UNITS = (
     "seconds",
+    "_per_image",
     "_s",
     "_ms",
     "_ns",
