@@ -30,8 +30,12 @@ def test_the_articles_work_is_what_its_layers_say(bundle_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "device", "whole", "binds"),
-    [(256, 30_000.0, 29_000.0, "arithmetic"), (1, 8_000.0, 7_000.0, "memory")]
-    + [(1, 500.0, 490.0, "launches"), (256, 30_000.0, 14_000.0, "copies")],
+    [
+        (256, 30_000.0, 29_000.0, "arithmetic"),
+        (1, 8_000.0, 7_000.0, "memory"),
+        (1, 500.0, 490.0, "launches"),
+        (256, 30_000.0, 14_000.0, "copies"),
+    ],
 )
 def test_what_binds(batch_size: int, device: float, whole: float, binds: str) -> None:
     assert locate("x", batch_size, device, whole, WORK, PEAK).binds == binds
