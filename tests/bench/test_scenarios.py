@@ -32,52 +32,49 @@ def go(plan: Plan, wanted: Wanted, target: Path) -> ScenarioResult:
     return run_scenario(plan, wanted, target, lambda what, done: None)
 
 
-def test_a_run_from_the_command_line(small_bundle: Path, tmp_path: Path) -> None:
-    """Its result and LoadGen's logs are where they belong; those of an earlier run are gone, other files are not."""
+def test_a_run_from_the_command_line(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that LoadGen collected are judged: one backend is wrong, and measured all the same; null has none.
+
+    The result and LoadGen's logs are where they belong; those of an earlier run are gone, other files are not.
+    """
     results = tmp_path / "artifacts" / "results"
-    logs = results / f"{small_bundle.name}-single-stream"
+    logs = results / f"{small_bundle.name}-multi-stream"
     (logs / "onnx-cpu" / "performance" / "run_9").mkdir(parents=True)
     (logs / "notes.txt").write_text("mine")
-    options = ["--scenario", "single-stream", "--min-duration-s", "0.2", "--backend", "onnx-cpu", "--threads", "1"]
-    command = [sys.executable, "-m", "bench", "run", "--bundle", str(small_bundle), *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    options = ["--scenario", "multi-stream", "--samples-per-query", "2", "--min-duration-s", "0.2", "--threads", "1"]
+    backends = ["--backend", "onnx-cpu", "--backend", "transposed", "--backend", "null"]
+    done = CliRunner().invoke(app, ["run", "--bundle", str(small_bundle), *options, *backends])
+    assert done.exit_code == EXIT_NEGATIVE, done.output
     assert "not an official MLPerf result" in done.stdout
     assert "runs of at least 0.2 s" in done.stdout
-    assert " VALID " in done.stdout
+    assert done.stdout.count(" VALID ") == 3
+    assert "parity FAILED transposed" in done.stdout
 
-    result = ScenarioResult.model_validate_json((results / f"{small_bundle.name}-single-stream.json").read_bytes())
-    (row,) = result.rows
-    (run,) = row.runs
-    assert row.subject.parity is not None
-    assert row.subject.parity.passed
-    assert row.subject.parity.images == 300
-    assert run.queries == run.images >= 100
-    assert run.seconds > 0.2
-    assert 0 < run.latency_ms.p50 <= run.latency_ms.p90 <= run.latency_ms.p99
-    assert "Result is : VALID" in (results / run.folder / "mlperf_log_summary.txt").read_text()
+    result = ScenarioResult.model_validate_json((results / f"{small_bundle.name}-multi-stream.json").read_bytes())
+    for row in result.rows:
+        (run,) = row.runs
+        assert (run.verdict, row.reported) == ("VALID", 0)
+        assert run.images == 2 * run.queries >= 2 * 662
+        assert run.seconds > 0.2
+        assert 0 < run.latency_ms.p50 <= run.latency_ms.p90 <= run.latency_ms.p99
+        assert "Result is : VALID" in (results / run.folder / "mlperf_log_summary.txt").read_text()
+    right, wrong, null = result.rows
+    assert right.subject.parity is not None
+    assert right.subject.parity.passed
+    assert right.subject.parity.images == 300
+    assert wrong.subject.parity is not None
+    assert not wrong.subject.parity.passed
+    assert null.subject.parity is None
+    assert scenario_exit_code(result.model_copy(update={"rows": (right, null)})) == 0
+    failed = null.model_copy(update={"runs": (), "reported": None})
+    assert scenario_exit_code(result.model_copy(update={"rows": (right, failed)})) == EXIT_NEGATIVE
+
     assert (logs / "onnx-cpu" / "accuracy" / "mlperf_log_accuracy.json").stat().st_size > 300 * 80
+    assert not (logs / "null" / "accuracy").exists()
     assert sorted(path.name for path in (logs / "onnx-cpu" / "performance").iterdir()) == ["run_1"]
     assert (logs / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in results.iterdir()) == [logs.name, f"{logs.name}.json"]
-
-
-def test_outputs_collected_by_loadgen_are_judged(plan: MakePlan, tmp_path: Path) -> None:
-    """One backend is wrong and yet measured; the null backend has no outputs to ask for."""
-    wanted = Wanted(Scenario.MULTI_STREAM, 0.1, 4, None)
-    result = go(plan(backends=("transposed", "null")), wanted, tmp_path / "result.json")
-    wrong, null = result.rows
-    assert wrong.subject.parity is not None
-    assert not wrong.subject.parity.passed
-    assert wrong.runs[0].verdict == "VALID"
-    assert wrong.runs[0].images == 4 * wrong.runs[0].queries
-    assert null.subject.parity is None
-    assert null.runs[0].verdict == "VALID"
-    assert [row.reported for row in result.rows] == [0, 0]
-    assert scenario_exit_code(result) == EXIT_NEGATIVE
-    assert scenario_exit_code(result.model_copy(update={"rows": (null,)})) == 0
-    failed = null.model_copy(update={"runs": (), "reported": None})
-    assert scenario_exit_code(result.model_copy(update={"rows": (null, failed)})) == EXIT_NEGATIVE
 
 
 def test_the_highest_rate_of_a_bound_that_holds(plan: MakePlan, tmp_path: Path) -> None:
