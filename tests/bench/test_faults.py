@@ -223,7 +223,8 @@ def test_the_faulty_layer_is_named(fault: str, bundles: dict[str, Path]) -> None
     found = bisected(*opened(bundles[fault])).divergence
     assert found is not None
     assert (found.where, found.layer, found.nearest) == (where, layer, nearest)
-    assert (None if found.node is None else " ".join(found.node.split()[::2])) == operators
+    named = None if found.node is None else " with ".join(part.split()[0] for part in found.node.split(" with "))
+    assert named == operators
     assert found.culprit == (None if operators is None else "file")
     if fault == "an overflow in float16":
         assert found.non_finite
