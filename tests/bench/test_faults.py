@@ -4,6 +4,7 @@ layer that is named must be the faulty one.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -304,6 +305,8 @@ def test_the_command_names_the_node_of_what_failed(bundles: dict[str, Path]) -> 
     assert done.returncode == 1, done.stderr
     assert "onnx-cpu: first divergence: Gemm node_linear_2 of layer classifier.5, off by " in done.stdout
     assert "onnx-cpu:unfolded: " not in done.stdout, "its parity holds"
+    assert "McNemar b, c" in done.stdout
+    assert re.search(r" FAIL .* \d+, \d+ +\d\.\d+e-\d+ ", done.stdout), "b, c and p"
     flips = [line for line in done.stdout.splitlines() if "the oracle says" in line]
     assert len(flips) > FLIPS_SHOWN, "every one is listed"
 
