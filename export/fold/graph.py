@@ -87,7 +87,8 @@ class Layer(Op):
         weight: [O, I/groups, *kernel]; transposed: [I, O/groups, *kernel]; Linear: [O, I].
         bias: None, [O], or a bias map [O, *spatial].
         padding: zeros read before and after each spatial dimension (transposed: rows cut off).
-        shared: another node reads the same weight or bias, so neither may change.
+        shared: another node reads the same weight, so it may not change. (A shared bias may: whoever writes the network
+            gives the layer one of its own.)
     """
 
     weight: Tensor

@@ -331,7 +331,7 @@ class _Reader:
                     added, bias, bias_value = addition
                     self.absorbed.add(added)
                     nodes, outputs = (node, added), list(added.outputs)
-            layer = Layer(weight, bias, 0, shared=self._shared(weight_value, bias_value))
+            layer = Layer(weight, bias, 0, shared=self._shared(weight_value))
             return layer, [x], outputs, nodes
         rank = weight.dim() - 2
         if self._rank(x) != rank + 2 or rank not in (1, 2, 3):
@@ -353,7 +353,7 @@ class _Reader:
             _int(node, "group", 1),
             transposed,
             tuple(_ints(node, "output_padding", [0] * rank)) if transposed else (),
-            self._shared(weight_value, bias_value),
+            self._shared(weight_value),
         )
         return layer, [x], outputs, nodes
 
@@ -377,8 +377,8 @@ class _Reader:
             return None
         return added, constant.reshape(-1), other
 
-    def _shared(self, *constants: ir.Value | None) -> bool:
-        return any(len(value.uses()) > 1 or value in self.outputs for value in constants if value is not None)
+    def _shared(self, weight: ir.Value) -> bool:
+        return len(weight.uses()) > 1 or weight in self.outputs
 
     def _padding(
         self, node: ir.Node, x: ir.Value, kernel: list[int], stride: list[int], dilation: list[int]

@@ -196,7 +196,7 @@ class _Reader:
         value = self.values[x]
         if value.shape is None or (rank and len(value.shape) != rank + 2) or not weight.is_floating_point():
             return None
-        shared = any(self.readers[t.untyped_storage().data_ptr()] > 1 for t in (weight, bias) if t is not None)
+        shared = self.readers[weight.untyped_storage().data_ptr()] > 1
         if rank == 0:
             return Layer(weight, bias, 0, shared=shared), [value]
         dilation = _each(arguments["dilation"], rank)
@@ -389,6 +389,7 @@ class _Writer:
         self.module, self.graph, self.copies = module, graph, copies
         self.attributes: dict[str, Any] = {}
         self.taken = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+        self.users = Counter(str(n.target) for n in module.graph.nodes if n.op == "get_attr" for _ in n.users)
 
     def node(self, node: Node) -> None:
         original = node.origin
@@ -418,7 +419,8 @@ class _Writer:
             former, arguments["weight"] = arguments["bias"], self._attribute(weight_name, op.weight, like)
             arguments["bias"] = None
             if op.bias is not None and op.bias.dim() == 1:
-                bias_name = self._free(prefix, "bias") if former is None else str(former.target)
+                own = former is not None and self.users[str(former.target)] == 1
+                bias_name = str(former.target) if own else self._free(prefix, "bias")
                 arguments["bias"] = self._attribute(bias_name, op.bias, like)
         target.args, target.kwargs = tuple(arguments.values()), {}
         if op.bias is not None and op.bias.dim() > 1:

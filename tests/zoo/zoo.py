@@ -15,6 +15,7 @@ on the module, onnxsim, onnxslim and onnxoptimizer on its ONNX file (installed b
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import json
 import resource
@@ -129,9 +130,12 @@ def peers(model: Any, x: Any) -> dict[str, int | str]:
         return found  # no ONNX file can hold it
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            model, (x,), str(path), dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, opset_version=17
-        )
+        keep = torch.onnx.TrainingMode.PRESERVE
+        # Adaptive pooling of sizes that don't divide (VGG's, on the smallest input) is not to be had in ONNX.
+        for inputs in (x, torch.randn(2, 3, 224, 224)):
+            with contextlib.suppress(torch.onnx.errors.SymbolicValueError):
+                torch.onnx.export(model, (inputs,), str(path), dynamo=False, training=keep, opset_version=17)
+                break
         proto = onnx.load(path)
 
         def count(graph: Any) -> int:

@@ -42,6 +42,14 @@ def conv(i: int, o: int, k: int = 3, **options: object) -> nn.Conv2d:
     return nn.Conv2d(i, o, k, **({"padding": k // 2} | options))  # type: ignore[arg-type]
 
 
+def tied_bias() -> nn.Module:
+    """Two convolutions with one bias, as exporters make them of biases that are equal, zeros for example."""
+    first, second = conv(4, 6), conv(6, 6)
+    second.bias = first.bias
+    norms = {"n": nn.BatchNorm2d(6), "k": nn.BatchNorm2d(6)}
+    return Net(lambda m, x: F.relu(m.k(m.b(F.relu(m.n(m.a(x)))))), a=first, b=second, **norms)
+
+
 def check(model: nn.Module, x: Tensor, strategy: str = "auto") -> Folded:
     """Fold, and hold the result to the model in float64; also at another batch size."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -324,6 +332,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
         IMAGE,
         {"n": "kept"},
     ),
+    "1 a bias that another layer reads too": (tied_bias, IMAGE, {"n": BEFORE, "k": BEFORE}),
     "refused: shared weights": (
         lambda: Net(lambda m, x: F.relu(m.n(m.a(x))) + m.a(x), a=conv(4, 6), n=nn.BatchNorm2d(6)),
         IMAGE,
