@@ -204,7 +204,9 @@ class _Walk:
         self._half: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         for node in model.graph.node:
-            if not self._dependent.isdisjoint(node.input):
+            # Of some inputs only the shape or the type is read, which no image changes.
+            read = {"Shape": 0, "Size": 0, "CastLike": 1}.get(node.op_type, len(node.input))
+            if not self._dependent.isdisjoint(node.input[:read]):
                 self._dependent.update(node.output)
                 if self._numbers(node) is not None:
                     self.nodes.append(node)
@@ -245,15 +247,15 @@ class _Walk:
         assert rows is not None
         taken = {id(reference) for reference in self._agreed.values()}
         free = [reference for reference in self._references if id(reference) not in taken]
-        # First by the layer, where its name is known: what is far off may come nearest to anything.
+        # Another layer's has to come twice as near: what is far off may come nearest to anything.
         found = [
-            (reference.layer != layer, distance, place)
+            (distance * (1 if reference.layer == layer else 2), reference.layer != layer, place, distance)
             for place, reference in enumerate(free)
             if (distance := reference.distance(rows)) is not None
         ]
         distance, nearest = None, None
         if found:
-            _, distance, place = min(found)
+            _, _, place, distance = min(found)
             nearest = free[place]
             layer = layer or nearest.layer
         before_any_layer = self._reads_the_input(node) and not self._weights(node)
