@@ -62,7 +62,8 @@ def print_run(result: Result, out: Console) -> None:
         )
         _print_sensors(result, out)
     if result.survey is not None:
-        _print_roofline(result.survey, result.roofline, out)
+        failed = {subject.label for subject in result.subjects if subject.failure is not None}
+        _print_roofline(result.survey, [point for point in result.roofline if point.subject not in failed], out)
     compared: dict[Against, str] = {"control": "folded against unfolded", "base": "each bundle against the first"}
     for against, title in compared.items():
         if found := [ratio for ratio in result.ratios if ratio.against == against]:
