@@ -171,9 +171,10 @@ def prepare(
     note: Callable[[str], None] = SILENT.note,
 ) -> Prepared:
     """Network, optimizer, data on the device, and step and evaluation compiled (see `train`; None: if possible)."""
-    # TF32 is a choice of the library, not of the recipe. By the newer of torch's two settings: mixing them raises.
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    # TF32 is a choice of the library, not of the recipe. By the older of torch's two settings, as everywhere here: where
+    # the newer one, fp32_precision, was set, torch.export raises later in the same process.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
     torch.manual_seed(seed)  # the initial weights, then dropout
     # channels_last is what the CPU's convolutions take as it is: a compiled step takes 34 ms, an evaluation 0.65 s,
