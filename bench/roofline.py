@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 RooflineDevice = Literal["cpu", "cuda"]
 Binding = Literal["arithmetic", "memory", "copies", "launches"]
 
-PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
-COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
 PEAK_CALLS, WARM_UP_CALLS = 7, 2
 # Below this share of both peaks, neither arithmetic nor memory explains the time: starting operators does.
 EXPLAINS_PERCENT = 30.0

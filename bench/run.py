@@ -82,6 +82,7 @@ class Plan:
             None: until more rounds would tell little more (see `bench.summary.enough`), at most `MAX_ROUNDS`.
         bound: where it is given, and `rounds` isn't, rounds go on until every ratio against the first bundle lies on
             one side of it with its whole interval.
+        survey: also measure the machine's peaks, for the roofline (some seconds).
         time_limit_s: no further round begins when the run has taken this long; None is no limit.
         block_s: how long one timed block lasts, in seconds.
         timeout_s: how long a worker may take for one answer.
@@ -94,6 +95,7 @@ class Plan:
     batch_sizes: tuple[int, ...]
     rounds: int | None
     bound: float | None
+    survey: bool
     time_limit_s: float | None
     block_s: float
     threads: int
@@ -424,11 +426,9 @@ def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress:
 
 
 def _survey(plan: Plan, lanes: list[Lane], progress: Progress) -> Survey | None:
-    """The model's work and the peaks of the devices in use, while the workers wait. Not for several bundles, whose work
-    may differ.
-    """
+    """The model's work (the first bundle's) and the peaks of the devices in use, while the workers wait."""
     devices = tuple(dict.fromkeys(d for lane in lanes if (d := lane.subject.backend.device) != "none"))
-    if plan.rounds == 0 or len(plan.bundles) > 1 or not devices:
+    if not plan.survey or not devices:
         return None
     progress("measuring the machine's peaks", 0.02)
     return survey(lanes[0].subject.bundle.path, devices, plan.threads, plan.profile, plan.timeout_s)

@@ -115,6 +115,7 @@ def compare(bundles: list[Path], backend: str, threshold_percent: float) -> Resu
         batch_sizes=(BATCH_SIZE,),
         rounds=None,
         bound=1 - threshold_percent / 100,
+        survey=False,
         time_limit_s=TIME_LIMIT_S,
         block_s=BLOCK_S,
         threads=THREADS,

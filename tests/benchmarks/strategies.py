@@ -90,6 +90,7 @@ def measure(name: str) -> dict[str, Any]:
             batch_sizes=BATCH_SIZES,
             rounds=ROUNDS,
             bound=None,
+            survey=False,
             time_limit_s=None,
             block_s=BLOCK_S,
             threads=usable_cpus(),

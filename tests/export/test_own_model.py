@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench.backend import Profile
 from bench.results import Result
+from bench.run import Plan, exit_code
+from bench.run import run as run_plan
 from export.bundle import Bundle, BundleError
 from export.source import load_own
 from trainer.errors import UserError
@@ -110,6 +113,25 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def measured(bundle: Bundle, backend: str) -> Result:
+    """A short run of the bundle on one backend, in its worker process."""
+    plan = Plan(
+        bundles=(bundle.path,),
+        backends=(backend,),
+        control=False,
+        batch_sizes=(4,),
+        rounds=1,
+        bound=None,
+        survey=False,
+        time_limit_s=None,
+        block_s=0.001,
+        threads=1,
+        profile=Profile.STRICT,
+        timeout_s=60.0,
+    )
+    return run_plan(plan, lambda what, done: None)
+
+
 def test_from_a_factory_to_a_benchmark(project: Path) -> None:
     """Other weights than the factory's, a user's inputs and labels; the bundle runs in `bench` and passes there."""
     torch.manual_seed(1)
@@ -134,12 +156,8 @@ def test_from_a_factory_to_a_benchmark(project: Path) -> None:
     explained = run(project, "export", "explain", place)
     assert explained.returncode == 0, explained.stderr
     assert "3 BatchNorms folded, 0 kept" in explained.stdout
-    measured = ["--backend", "onnx-cpu", "--batch-size", "4", "--rounds", "2", "--json", "r.json"]
-    done = run(project, "bench", "run", "--bundle", place, *measured)
-    assert done.returncode == 0, done.stderr
-    result = Result.model_validate_json((project / "r.json").read_text())
-    (subject,) = result.subjects
-    assert result.rows
+    assert measured(bundle, "onnx-cpu").rows
+    (subject,) = measured(bundle, "torchscript-cpu").subjects
     assert subject.parity is not None
     assert subject.parity.passed
     assert subject.parity.flips == ()
@@ -155,8 +173,7 @@ def test_without_inputs_and_without_classes(project: Path) -> None:
     assert bundle.oracle().labels is None
     assert bundle.oracle().logits.shape[1:] == (2, 16, 16)
     assert not bundle.manifest.fold.kept
-    done = run(project, "bench", "parity", "--bundle", "seg", "--backend", "onnx-cpu", "--backend", "torchscript-cpu")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert exit_code(measured(bundle, "onnx-cpu")) == 0
 
 
 REFUSED = {
