@@ -32,8 +32,6 @@ Binding = Literal["arithmetic", "memory", "copies", "launches"]
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
 PEAK_CALLS, WARM_UP_CALLS = 7, 2
-# Below this share of both peaks, neither arithmetic nor memory explains the time: starting operators does.
-EXPLAINS_PERCENT = 30.0
 COUNTED = ("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose", "linear", "addmm", "mm", "matmul", "pool")
 
 
@@ -69,9 +67,10 @@ class Survey:
 class Point:
     """Where a row lies under the roofline.
 
-    `arithmetic_percent` and `memory_percent` are the shares of the two peaks that the device-resident time reaches;
-    `binds` is what takes the time: the peak that is reached further, or the launches of operators where neither
-    explains it, or the copies where moving the data to and from the device takes most of the end-to-end time.
+    `arithmetic_percent` and `memory_percent` are the shares of the two peaks that the device-resident time reaches.
+    `binds` is what takes the time: the copies, where moving the data to and from the device is most of the end-to-end
+    time; the launches of operators, where what a call takes at the smallest batch, beyond the ideal, is most of it;
+    else the peak that is reached further.
     """
 
     subject: str
@@ -82,19 +81,34 @@ class Point:
 
 
 def locate(
-    subject: str, batch_size: int, device_images_per_s: float, whole_images_per_s: float, work: Work, peak: Peak
+    subject: str,
+    batch_size: int,
+    device_images_per_s: float,
+    whole_images_per_s: float,
+    launch_seconds: float,
+    work: Work,
+    peak: Peak,
 ) -> Point:
-    """The place of one row, from its throughputs device-resident and end to end."""
+    """The place of one row, from its throughputs device-resident and end to end, and its backend's launches."""
     seconds = batch_size / device_images_per_s
-    arithmetic = 100 * batch_size * work.flops_per_image / peak.flops_per_s / seconds
-    moved = batch_size * work.activation_bytes_per_image + work.weight_bytes
-    memory = 100 * moved / peak.copy_bytes_per_s / seconds
+    arithmetic, memory = (100 * ideal / seconds for ideal in ideal_seconds(batch_size, work, peak))
     binds: Binding = "arithmetic" if arithmetic >= memory else "memory"
-    if max(arithmetic, memory) < EXPLAINS_PERCENT:
+    if launch_seconds > 0.5 * seconds:
         binds = "launches"
     if whole_images_per_s < 0.5 * device_images_per_s:
         binds = "copies"
     return Point(subject, batch_size, arithmetic, memory, binds)
+
+
+def ideal_seconds(batch_size: int, work: Work, peak: Peak) -> tuple[float, float]:
+    """What a call would take if arithmetic alone, and if memory alone, limited it."""
+    moved = batch_size * work.activation_bytes_per_image + work.weight_bytes
+    return batch_size * work.flops_per_image / peak.flops_per_s, moved / peak.copy_bytes_per_s
+
+
+def launch_seconds(smallest_batch: int, device_images_per_s: float, work: Work, peak: Peak) -> float:
+    """What a call at the smallest batch takes beyond the ideal: what every call takes, whatever the batch."""
+    return max(0.0, smallest_batch / device_images_per_s - max(ideal_seconds(smallest_batch, work, peak)))
 
 
 def survey(

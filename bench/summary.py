@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from bench.measure import Timing
 from bench.results import Against, Percentiles, Ratio, Result, Row, Sample, SubjectResult
-from bench.roofline import Peak, Point, Survey, locate
+from bench.roofline import Peak, Point, Survey, launch_seconds, locate
 from bench.statistics import paired_ratio, percentile_ms, percentile_upper_bound_ms, settled, spread, throughput
 
 TIMINGS: tuple[Timing, ...] = ("device_resident", "end_to_end")
@@ -116,19 +116,20 @@ def roofline(rows: Sequence[Row], subjects: Sequence[SubjectResult], surveyed: S
     if surveyed is None:
         return ()
     by_device: dict[str, Peak] = {peak.device: peak for peak in surveyed.peaks}
-    devices = {subject.label: subject.device for subject in subjects}
-    return tuple(
-        locate(
-            row.subject,
-            row.batch_size,
-            row.device_resident_throughput_images_per_s.median,
-            row.end_to_end_throughput_images_per_s.median,
-            surveyed.work,
-            peak,
+    found = []
+    for subject in subjects:
+        own = sorted((row for row in rows if row.subject == subject.label), key=lambda row: row.batch_size)
+        peak = by_device.get(subject.device)
+        if not own or peak is None:
+            continue
+        smallest, work = own[0], surveyed.work
+        launches = launch_seconds(
+            smallest.batch_size, smallest.device_resident_throughput_images_per_s.median, work, peak
         )
-        for row in rows
-        if (peak := by_device.get(devices[row.subject])) is not None
-    )
+        for row in own:
+            device, whole = row.device_resident_throughput_images_per_s, row.end_to_end_throughput_images_per_s
+            found.append(locate(row.subject, row.batch_size, device.median, whole.median, launches, work, peak))
+    return tuple(found)
 
 
 def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Ratio, ...]:

@@ -171,8 +171,8 @@ def prepare(
     note: Callable[[str], None] = SILENT.note,
 ) -> Prepared:
     """Network, optimizer, data on the device, and step and evaluation compiled (see `train`; None: if possible)."""
-    # TF32 is a choice of the library, not of the recipe. By the older of torch's two settings, as everywhere here: after
-    # the newer one (`fp32_precision`) torch.export raises in the same process.
+    # TF32 is a choice of the library, not of the recipe. By the older of torch's two settings, as everywhere here:
+    # after the newer one (`fp32_precision`) torch.export raises in the same process.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.backend import Profile
-from bench.roofline import Peak, Work, count, locate, survey
+from bench.roofline import Peak, Work, count, launch_seconds, locate, survey
 from export.bundle import Bundle
 
 WORK = Work(flops_per_image=2e6, activation_bytes_per_image=1e5, weight_bytes=1e6)
@@ -29,20 +29,26 @@ def test_the_articles_work_is_what_its_layers_say(bundle_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "device", "whole", "binds"),
+    ("batch_size", "device", "whole", "launches", "binds"),
     [
-        (256, 30_000.0, 29_000.0, "arithmetic"),
-        (1, 8_000.0, 7_000.0, "memory"),
-        (1, 500.0, 490.0, "launches"),
-        (256, 30_000.0, 14_000.0, "copies"),
+        (256, 30_000.0, 29_000.0, 1e-4, "arithmetic"),
+        (256, 3_000.0, 2_900.0, 1e-4, "arithmetic"),
+        (1, 8_000.0, 7_000.0, 1e-5, "memory"),
+        (1, 500.0, 490.0, 1.9e-3, "launches"),
+        (256, 30_000.0, 14_000.0, 1e-4, "copies"),
     ],
 )
-def test_what_binds(batch_size: int, device: float, whole: float, binds: str) -> None:
-    assert locate("x", batch_size, device, whole, WORK, PEAK).binds == binds
+def test_what_binds(batch_size: int, device: float, whole: float, launches: float, binds: str) -> None:
+    assert locate("x", batch_size, device, whole, launches, WORK, PEAK).binds == binds
+
+
+def test_launches_are_what_the_smallest_batch_takes_beyond_the_ideal() -> None:
+    assert launch_seconds(1, 500.0, WORK, PEAK) == pytest.approx(0.002 - 1.1e6 / 1e10)
+    assert launch_seconds(1, 1e9, WORK, PEAK) == 0
 
 
 def test_shares_of_the_peaks() -> None:
-    point = locate("x", 100, 10_000.0, 10_000.0, WORK, PEAK)
+    point = locate("x", 100, 10_000.0, 10_000.0, 0.0, WORK, PEAK)
     assert point.arithmetic_percent == pytest.approx(100 * 10_000 * 2e6 / 1e11)
     assert point.memory_percent == pytest.approx(100 * (100 * 1e5 + 1e6) / 1e10 / 0.01)
 
