@@ -68,12 +68,15 @@ _MOST_ELEMENTS = 1000
 """Constants computed while the network runs are followed up to this size: paddings and shapes, not weights."""
 
 
-def read(model: ir.Model, shapes: Shapes, example: dict[str, tuple[int, ...]]) -> Graph:
+def read(
+    model: ir.Model, shapes: Shapes, example: dict[str, tuple[int, ...]], observed: dict[str, tuple[int, ...]]
+) -> Graph:
     """The main graph in the vocabulary of folding.
 
-    `shapes` says what is fixed, `example` gives sizes for one possible input, both by value name.
+    `shapes` says what is fixed, `example` gives sizes for one possible input, both by value name, and `observed` those
+    that only a run on that input told.
     """
-    reader = _Reader(model, shapes, example)
+    reader = _Reader(model, shapes, example, observed)
     nodes = [node for ir_node in model.graph for node in [reader.node(ir_node)] if node is not None]
     kept = reader.kept + [
         KeptNorm(name=_name(node), reason=f"it stands in {where}, and folding works on the main graph")
@@ -95,8 +98,14 @@ def _name(node: ir.Node) -> str:
 
 
 class _Reader:
-    def __init__(self, model: ir.Model, shapes: Shapes, example: dict[str, tuple[int, ...]]) -> None:
-        self.shapes, self.example = shapes, example
+    def __init__(
+        self,
+        model: ir.Model,
+        shapes: Shapes,
+        example: dict[str, tuple[int, ...]],
+        observed: dict[str, tuple[int, ...]],
+    ) -> None:
+        self.shapes, self.example, self.observed = shapes, example | observed, set(observed)
         self.opset = model.graph.opset_imports.get("", 0)
         self.values: dict[ir.Value, Value] = {}
         self.arrays: dict[ir.Value, np.ndarray | None] = {}
@@ -151,7 +160,8 @@ class _Reader:
         """Sizes that shape inference did not find, behind a padding that is computed, say."""
         name = outputs[0].name or ""
         inputs = [self.example.get(value.name or "") for value in read]
-        if name in self.example or any(shape is None for shape in inputs):
+        known = name in self.example and name not in self.observed  # a run tells sizes, but not whether they are fixed
+        if known or any(shape is None for shape in inputs):
             return
         result = tuple(op.evaluate(*(torch.zeros(shape or (), dtype=torch.float64) for shape in inputs)).shape)
         declared = [self.shapes.get(value.name or "", (None,)) for value in read]

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -61,7 +62,7 @@ def fold_onnx(source: Path, target: Path, strategy: Strategy = "auto") -> Folded
     graph = _read(model, source)
     report = rules.fold(graph, strategy)
     onnx_graph.write(model, graph)
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    weights = _weight_bytes(model)
     if weights > LARGEST_FILE:
         raise FoldError(
             f"{source} holds {weights / 2**30:.1f} GiB of weights, and the folded file would have to hold them all: "
@@ -131,7 +132,55 @@ def _read(model: ir.Model, source: Path) -> Graph:
             if all(isinstance(size, int) or size in symbols for size in known):
                 example[name] = tuple(size if isinstance(size, int) else symbols[size] for size in known)
                 break
-    return onnx_graph.read(model, shapes, example)
+    return onnx_graph.read(model, shapes, example, _observed(model, set(example)))
+
+
+def _observed(model: ir.Model, known: set[str]) -> dict[str, tuple[int, ...]]:
+    """Sizes that neither inference nor a declaration tells (those of a Reshape to a computed shape, say), by running
+    the model once; empty where there are none, and where onnxruntime does not run it.
+    """
+    unknown = [v.name for node in model.graph for v in node.outputs if v.name and v.name not in known]
+    if not unknown or _weight_bytes(model) > LARGEST_FILE:
+        return {}
+    proto = ir.to_proto(model)
+    outputs = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in unknown if n not in outputs)
+    try:
+        session = _session(proto.SerializeToString())
+        results = session.run(unknown, _feeds(session))
+    except Exception:  # onnxruntime has a class for each failure; without these sizes less is folded, and said so
+        return {}
+    return {
+        name: tuple(result.shape)
+        for name, result in zip(unknown, results, strict=True)
+        if isinstance(result, np.ndarray)  # not a sequence or an optional value
+    }
+
+
+def _session(model: str | bytes) -> Any:
+    """The file or serialised model in onnxruntime, on the CPU, with optimisations off."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _feeds(session: Any) -> dict[str, np.ndarray]:
+    """Normally distributed inputs, always the same, with the sizes of `_example_sizes`."""
+    generator = np.random.default_rng(0)
+    kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+    return {
+        argument.name: generator.standard_normal(_example_sizes(argument.shape)).astype(
+            kinds.get(argument.type, np.float32)
+        )
+        for argument in session.get_inputs()
+    }
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
 
 
 def _with_sizes(model: ir.Model) -> ir.Model:
@@ -163,22 +212,12 @@ def _shapes(model: ir.Model) -> onnx_graph.Shapes:
 
 def _difference(source: Path, folded: Path) -> tuple[float | None, str]:
     """Both files on the same random inputs; see `FoldedFile`."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    generator = np.random.default_rng(0)
     results = []
     feeds: dict[str, np.ndarray] = {}
     for path in (source, folded):
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            if path is source:
-                for argument in session.get_inputs():
-                    shape = _example_sizes(argument.shape)
-                    kind = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
-                    feeds[argument.name] = generator.standard_normal(shape).astype(kind.get(argument.type, np.float32))
+            session = _session(str(path))
+            feeds = feeds or _feeds(session)
             results.append(session.run(None, feeds))
         except Exception as error:  # onnxruntime has a class for each failure; the original's own are not this fold's
             if path is folded:

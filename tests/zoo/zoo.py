@@ -86,7 +86,7 @@ def measure(name: str, model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         wrong = copy.deepcopy(folded.module)
         biases = {n: p for n, p in wrong.named_parameters() if n.endswith("bias") and p.dim() == 1}
         chosen = biases.get(f"{layers[len(layers) // 2]}.bias", list(biases.values())[len(biases) // 2])
-        chosen.data[len(chosen) // 2] += 1 + 10 * chosen.abs().max()
+        chosen.data[0] += 1 + 10 * chosen.abs().max()  # not the fourth: `enliven` gives it a scale of zero
         result["mutation"] = difference(model, wrong, x)
     return result
 
@@ -283,7 +283,9 @@ def table() -> None:
             f"## {title}",
             "",
             f"{len(good)} networks: {wrong} wrong (over 1e-9, relative, float64), {len(lines) - len(good)} failed, "
-            f"and in {blind} the mutation control did not show. Time on two cores, with other work going on.",
+            f"and in {blind} the mutation control did not show. The table: how many BatchNorms there were and how many "
+            "each tool leaves, the folded network's error (relative, float64), and the seconds that folding took, "
+            "while other work went on.",
             "",
             *rows(lines),
             "",

@@ -42,6 +42,12 @@ def conv(i: int, o: int, k: int = 3, **options: object) -> nn.Conv2d:
     return nn.Conv2d(i, o, k, **({"padding": k // 2} | options))  # type: ignore[arg-type]
 
 
+def shuffled(x: Tensor) -> Tensor:
+    """Channels of two groups in turns, by sizes that an exporter computes while the network runs."""
+    batch, channels, height, width = x.shape
+    return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+
+
 def tied_bias() -> nn.Module:
     """Two convolutions with one bias, as exporters make them of biases that are equal, zeros for example."""
     first, second = conv(4, 6), conv(6, 6)
@@ -331,6 +337,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
         lambda: Net(lambda m, x: F.relu(m.n(y := m.a(x))) + y, a=conv(4, 6), n=nn.BatchNorm2d(6)),
         IMAGE,
         {"n": "kept"},
+    ),
+    "1 after a channel shuffle": (
+        lambda: Net(lambda m, x: F.relu(m.n(m.b(shuffled(m.a(x))))), a=conv(4, 6), b=conv(6, 6), n=nn.BatchNorm2d(6)),
+        IMAGE,
+        {"n": BEFORE},
     ),
     "1 a bias that another layer reads too": (tied_bias, IMAGE, {"n": BEFORE, "k": BEFORE}),
     "refused: shared weights": (
