@@ -5,7 +5,8 @@
 
 Each network is exported with every strategy; all the bundles, and the unfolded control of the first (`auto`), take
 turns in the same rounds of one run. The article's network is the trained one (`nox -s train` first); the others have
-random weights, and BatchNorms with scales of both signs whose statistics were set from data.
+random weights, and BatchNorms whose statistics were set from data, with scales of both signs. Two of them are measured
+without negative scales too, as most trained networks have none: such a scale does not pass max pooling.
 """
 
 from __future__ import annotations
@@ -32,21 +33,34 @@ BATCH_SIZES = (1, 64)
 ROUNDS, BLOCK_S = 16, 0.1
 
 
-def _network(name: str) -> nn.Module:
+def _network(name: str, positive: bool = False) -> nn.Module:
     from after_activation import NETWORKS
     from networks import enliven
 
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
-    return enliven(build(), torch.randn(8, *shape, dtype=torch.float64)).float()
+    network = enliven(build(), torch.randn(8, *shape, dtype=torch.float64)).float()
+    for module in network.modules():
+        if positive and isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert module.weight is not None
+            module.weight.data.abs_()
+    return network
 
 
 def vgg() -> nn.Module:
     return _network("VGG-11, BatchNorm after ReLU")
 
 
+def vgg_positive() -> nn.Module:
+    return _network("VGG-11, BatchNorm after ReLU", positive=True)
+
+
 def stack() -> nn.Module:
     return _network("Keras stack, max pooling")
+
+
+def stack_positive() -> nn.Module:
+    return _network("Keras stack, max pooling", positive=True)
 
 
 def depthwise() -> nn.Module:
@@ -55,7 +69,9 @@ def depthwise() -> nn.Module:
 
 OWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "VGG-11, BatchNorm after ReLU": (vgg, (3, 32, 32)),
+    "VGG-11, BatchNorm after ReLU, no negative scale": (vgg_positive, (3, 32, 32)),
     "Keras stack, max pooling": (stack, (3, 32, 32)),
+    "Keras stack, max pooling, no negative scale": (stack_positive, (3, 32, 32)),
     "depthwise separable": (depthwise, (3, 24, 24)),
 }
 ARTICLE = "the article's, trained"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import sys
 import warnings
@@ -328,9 +329,13 @@ def test_what_no_single_file_can_hold(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "folded.onnx").exists()
 
 
-def fold_random(seed: int, folder: Path) -> None:
+def fold_random(seed: int, folder: Path) -> bool:
+    """Whether torch's exporter takes the network of that seed; those that it takes are folded and compared."""
     model, x = random_network(random.Random(seed).randint, adaptive=False)
-    source = save(model.float(), x.float(), folder / "model.onnx")
+    try:
+        source = save(model.float(), x.float(), folder / "model.onnx")
+    except torch.onnx.errors.SymbolicValueError:
+        return False
     result = fold_onnx(source, folder / "folded.onnx")
     left = count(folder / "folded.onnx")
     assert left <= len(result.report.kept)
@@ -346,15 +351,19 @@ def fold_random(seed: int, folder: Path) -> None:
     ]
     for wanted, found in zip(*results, strict=True):
         assert np.abs(found - wanted).max() <= 2e-4 * max(np.abs(wanted).max(), 1e-2), (seed, model, result.report)
+    return True
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_networks_through_onnx(seed: int, tmp_path: Path) -> None:
-    fold_random(seed, tmp_path)
+    assert fold_random(seed, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", range(10))
 def test_many_random_networks_through_onnx(block: int, tmp_path: Path) -> None:
-    for seed in range(1000 + 50 * block, 1050 + 50 * block):
-        fold_random(seed, tmp_path)
+    """500 in all; seeds whose network can't be exported don't count."""
+    seeds = itertools.count(1000 * (block + 1))
+    for _ in range(50):
+        while not fold_random(next(seeds), tmp_path):
+            pass
