@@ -8,14 +8,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.errors import UserError
+
+# A folder is locked a moment after it was made.
+ABANDONED_AFTER_S = 60
 
 
 @contextlib.contextmanager
@@ -23,19 +28,23 @@ def building(target: Path, marker: str) -> Iterator[Path]:
     """A fresh folder beside `target`; leaving the block without an exception publishes it as `target`.
 
     Whatever happens inside the block, `target` stays what it was until one atomic step replaces the whole of it; an
-    exception, an interrupt included, removes the half-built folder. A non-empty `target` without a file called `marker`
+    exception, an interrupt included, removes the half-built folder; that of a process which was killed is removed by
+    the next that builds there. A non-empty `target` without a file called `marker`
     is somebody else's and is left alone. Raises UserError where the place can't be written or is somebody else's.
     """
     target = Path(os.path.abspath(target))
     staging: Path | None = None
+    prefix = f".{target.name}.building-"
     try:
         _refuse_foreign(target, marker)  # before the work, and once more after it
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+        _remove_abandoned(target.parent, prefix)
+        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         staging.chmod(0o755)
-        yield staging
-        _sync(staging)
-        _swap_in(staging, target, marker)
+        with _locked(staging):
+            yield staging
+            _sync(staging)
+            _swap_in(staging, target, marker)
     except OSError as error:
         raise UserError(
             f"can't write {target} ({error.strerror or error}). What was there before is untouched. "
@@ -44,6 +53,33 @@ def building(target: Path, marker: str) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which the system takes back however this process ends. On Windows there is none."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove half-built folders whose process was killed: nobody holds their lock, and they are not just being made."""
+    if sys.platform == "win32":
+        return
+    for folder in parent.glob(f"{glob.escape(prefix)}????????"):  # as tempfile names them
+        with contextlib.suppress(OSError):  # somebody holds it (BlockingIOError), or has just removed it
+            if time.time() - folder.stat().st_mtime > ABANDONED_AFTER_S:
+                with _locked(folder):
+                    shutil.rmtree(folder)
 
 
 def _sync(folder: Path) -> None:

@@ -131,3 +131,40 @@ def test_a_killed_process_leaves_the_old_folder(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     assert (target / "marker").read_text() == "old"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_builds_is_not(tmp_path: Path) -> None:
+    """Two half-built folders of a minute ago; the process that made the second one still holds it."""
+    program = """
+import os, sys, time
+from pathlib import Path
+from trainer.publish import building
+with building(Path(sys.argv[1]), "marker") as folder:
+    (folder / "half").write_text("built")
+    os.utime(folder, (0, 0))
+    print("built", flush=True)
+    time.sleep(60)
+"""
+    target = tmp_path / "made [here]"
+    processes = []
+    for _ in range(2):
+        command = [sys.executable, "-c", program, str(target)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        assert process.stdout is not None
+        assert process.stdout.readline() == "built\n"
+        processes.append(process)
+    killed, living = processes
+    try:
+        killed.kill()
+        killed.wait()
+        assert len(list(tmp_path.iterdir())) == 2
+        with publish.building(target, "marker") as folder:
+            (folder / "marker").write_text("whole")
+        left = [path for path in tmp_path.iterdir() if path != target]
+        assert len(left) == 1, "the living one's"
+    finally:
+        living.kill()
+        living.wait()
+    with publish.building(target, "marker") as folder:
+        (folder / "marker").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
