@@ -156,7 +156,7 @@ with building(Path(sys.argv[1]), "marker") as folder:
     killed, living = processes
     try:
         killed.kill()
-        killed.wait()
+        killed.communicate()
         assert len(list(tmp_path.iterdir())) == 2
         with publish.building(target, "marker") as folder:
             (folder / "marker").write_text("whole")
@@ -164,7 +164,7 @@ with building(Path(sys.argv[1]), "marker") as folder:
         assert len(left) == 1, "the living one's"
     finally:
         living.kill()
-        living.wait()
+        living.communicate()
     with publish.building(target, "marker") as folder:
         (folder / "marker").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
