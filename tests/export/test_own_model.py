@@ -15,6 +15,7 @@ from bench.backend import Profile
 from bench.results import Result
 from bench.run import Plan, exit_code
 from bench.run import run as run_plan
+from export.build import build
 from export.bundle import Bundle, BundleError
 from export.source import load_own
 from trainer.errors import UserError
@@ -165,11 +166,10 @@ def test_from_a_factory_to_a_benchmark(project: Path) -> None:
     assert subject.parity.top1_percent is not None
 
 
-def test_without_inputs_and_without_classes(project: Path) -> None:
+def test_without_inputs_and_without_classes(importable: Path) -> None:
     """Random inputs stand in, there is no top-1, and parity speaks of the output alone."""
-    done = run(project, "export", "--model", "mine.nets:segmenter", "--input", "3x16x16", "--out", "seg")
-    assert done.returncode == 0, done.stderr
-    bundle = Bundle.open(project / "seg")
+    material = load_own("mine.nets:segmenter", None, (3, 16, 16), None)
+    bundle = build(material, importable / "seg", "auto", lambda what: None)
     assert bundle.oracle().labels is None
     assert bundle.oracle().logits.shape[1:] == (2, 16, 16)
     assert not bundle.manifest.fold.kept
