@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.backend import Profile
+from bench.worker import interrupts_held_back, take_no_interrupts
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
@@ -117,14 +118,17 @@ def survey(
     """Count the bundle's work and measure the devices' peaks; None for a bundle without a torch.export program, and
     where that failed: a roofline is a comment on a run, not a reason to end it.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        future = pool.submit(_survey, bundle, devices, threads, profile)
-        try:
-            return future.result(timeout_s)
-        except (TimeoutError, BrokenProcessPool, RuntimeError, OSError):
-            for process in pool._processes.values():
-                process.kill()
-            return None
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=take_no_interrupts)
+    try:
+        with interrupts_held_back():
+            future = pool.submit(_survey, bundle, devices, threads, profile)
+        return future.result(timeout_s)
+    except (TimeoutError, BrokenProcessPool, RuntimeError, OSError):
+        return None
+    finally:  # at once: whoever interrupts a run does not wait for its roofline
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown()
 
 
 def _survey(place: Path, devices: tuple[RooflineDevice, ...], threads: int, profile: Profile) -> Survey | None:

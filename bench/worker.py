@@ -14,6 +14,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -202,10 +203,7 @@ def serve(pipe: Connection, job: Job, log: str) -> None:
 
     Everything that the runtime prints goes to the file `log`, where the parent looks if this process dies.
     """
-    # Ctrl-C reaches the whole process group: the parent decides what it means, and ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+    take_no_interrupts()
     _redirect_output(log)
     # Read by the runtimes when their libraries load: no pool may be larger than what was asked for.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job.options.threads)
@@ -345,7 +343,7 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, job, str(self._log))
         self._process: SpawnProcess = context.Process(target=serve, args=arguments, name=job.label, daemon=True)
-        with _interrupts_held_back():
+        with interrupts_held_back():
             self._process.start()
         theirs.close()  # else the pipe would stay open after the child's death
         self._patience_ends = time.monotonic() + timeout_s
@@ -406,21 +404,35 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Start a child with SIGINT and SIGTERM blocked, which it inherits until it serves.
+def interrupts_held_back() -> Iterator[None]:
+    """Start a child with SIGINT and SIGTERM blocked, which it inherits until it asks for them (`take_no_interrupts`).
 
     A signal in the middle of a start would print a traceback: the child's own, or that of one left half-started.
-    Here it is kept, not lost: it arrives when the block ends.
+    Here it is kept, not lost: it acts when the block ends. Blocking alone would not do for this process, since the
+    system may hand a signal to a library's thread, whereupon Python calls the handler in the main one.
     """
-    if not hasattr(signal, "pthread_sigmask"):
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
     from multiprocessing import resource_tracker
 
     # With the first child, multiprocessing starts this helper and then unblocks both: start it beforehand.
     resource_tracker.ensure_running()
+    arrived: list[int] = []
+    handlers = {number: signal.signal(number, lambda n, frame: arrived.append(n)) for number in HELD_BACK}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for kept in arrived:
+        signal.raise_signal(kept)
+
+
+def take_no_interrupts() -> None:
+    """In a child: Ctrl-C reaches the whole process group; the parent decides what it means, and ends this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
