@@ -15,7 +15,7 @@ from bench.environment import fingerprint
 from bench.errors import EXIT_BAD_INPUT, BenchError
 from bench.measure import Timing
 from bench.results import Result
-from bench.statistics import MIN_ROUNDS_FOR_INTERVAL, MedianRatio, ratio_of_medians, throughput
+from bench.statistics import MIN_ROUNDS_FOR_INTERVAL, MedianRatio, ratio_of_medians, shown_slower, throughput
 
 Key = tuple[str, int, Timing]
 """Subject, batch size, timing."""
@@ -87,13 +87,8 @@ def compare(base: Result, head: Result) -> Comparison:
 
 
 def regressions(comparison: Comparison, threshold_percent: float) -> list[Compared]:
-    """Those whose whole interval lies below 1 - threshold: slower beyond what the rounds' scatter explains."""
-    bound = 1 - threshold_percent / 100
-    return [
-        compared
-        for compared in comparison.found
-        if compared.judged and (high := compared.throughput_ratio.high) is not None and high < bound
-    ]
+    """Those judged that are shown to be slower."""
+    return [c for c in comparison.found if c.judged and shown_slower(c.throughput_ratio, threshold_percent)]
 
 
 def _throughputs(result: Result) -> dict[Key, list[float]]:

@@ -77,11 +77,7 @@ def print_comparison(result: Result, threshold_percent: float, out: Console) -> 
     """The verdict on every bundle against the first."""
     found = slower(result.ratios, threshold_percent)
     for ratio in found:
-        timing = ratio.timing.replace("_", " ")
-        out.print(
-            f"[red]slower[/] {escape(ratio.numerator)} at batch {ratio.batch_size}, {timing}: "
-            f"{_ratio(ratio.throughput_ratio, '.3f')} of {escape(ratio.denominator)}"
-        )
+        _print_slower(ratio.numerator, ratio, escape(ratio.denominator), out)
     if not found:
         out.print(f"none is slower than the first by more than {threshold_percent:g} %")
 
@@ -118,13 +114,17 @@ def print_two_runs(
         out.print(f"[red]did not finish[/] {escape(label)} in the head; it did in the base")
     found = regressions(comparison, threshold_percent)
     for compared in found:
-        timing = compared.timing.replace("_", " ")
-        out.print(
-            f"[red]slower[/] {escape(compared.subject)} at batch {compared.batch_size}, {timing}: "
-            f"{_ratio(compared.throughput_ratio, '.3f')} of the base"
-        )
+        _print_slower(compared.subject, compared, "the base", out)
     if not found:
         out.print(f"none is shown to be slower than the base by more than {threshold_percent:g} %")
+
+
+def _print_slower(subject: str, found: Ratio | Compared, base: str, out: Console) -> None:
+    timing = found.timing.replace("_", " ")
+    out.print(
+        f"[red]slower[/] {escape(subject)} at batch {found.batch_size}, {timing}: "
+        f"{_ratio(found.throughput_ratio, '.3f')} of {base}"
+    )
 
 
 def print_findings(findings: Sequence[Finding], out: Console) -> None:

@@ -7,8 +7,9 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -141,18 +142,7 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
             f"paired series of the same length ≥ 1 are needed, got {len(numerators)} and {len(denominators)}"
         )
     ratios = np.asarray(numerators, np.float64) / np.asarray(denominators, np.float64)
-    low = high = None
-    if len(ratios) >= MIN_ROUNDS_FOR_INTERVAL:
-        interval = stats.bootstrap(
-            (ratios,),
-            np.median,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            vectorized=True,
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        low, high = float(interval.low), float(interval.high)
+    low, high = _bootstrap_interval(np.median, ratios)
     return PairedRatio(float(np.median(ratios)), low, high, CONFIDENCE, len(ratios))
 
 
@@ -169,17 +159,27 @@ def ratio_of_medians(numerators: Sequence[float], denominators: Sequence[float])
     if not numerators or not denominators:
         raise ValueError(f"two series of at least one value are needed, got {len(numerators)} and {len(denominators)}")
     above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    low = high = None
-    if min(len(above), len(below)) >= MIN_ROUNDS_FOR_INTERVAL:
-        interval = stats.bootstrap(
-            (above, below),
-            lambda x, y, axis: np.median(x, axis=axis) / np.median(y, axis=axis),
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            vectorized=True,
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        low, high = float(interval.low), float(interval.high)
+    low, high = _bootstrap_interval(lambda x, y, axis: np.median(x, axis=axis) / np.median(y, axis=axis), above, below)
     numerator, denominator = float(np.median(above)), float(np.median(below))
     return MedianRatio(numerator / denominator, low, high, numerator, denominator)
+
+
+def shown_slower(ratio: PairedRatio | MedianRatio, threshold_percent: float) -> bool:
+    """Whether the whole interval lies below 1 - threshold: slower beyond what the scatter explains."""
+    return ratio.high is not None and ratio.high < 1 - threshold_percent / 100
+
+
+def _bootstrap_interval(statistic: Callable[..., Any], *series: np.ndarray) -> tuple[float | None, float | None]:
+    """The percentile bootstrap's interval, each series resampled by itself; None where one is too short for it."""
+    if min(map(len, series)) < MIN_ROUNDS_FOR_INTERVAL:
+        return None, None
+    interval = stats.bootstrap(
+        series,
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from bench.measure import Timing
 from bench.results import Against, Percentiles, Ratio, Result, Row, Sample, SubjectResult
 from bench.roofline import Peak, Point, Survey, launch_seconds, locate
-from bench.statistics import paired_ratio, percentile_ms, percentile_upper_bound_ms, settled, spread, throughput
+from bench.statistics import (
+    paired_ratio,
+    percentile_ms,
+    percentile_upper_bound_ms,
+    settled,
+    shown_slower,
+    spread,
+    throughput,
+)
 
 TIMINGS: tuple[Timing, ...] = ("device_resident", "end_to_end")
 CONTROL_SUFFIX, LETTER_SIGN = ":unfolded", "@"
@@ -28,13 +36,8 @@ def derived(result: Result) -> Result:
 
 
 def slower(ratios: Sequence[Ratio], threshold_percent: float) -> list[Ratio]:
-    """Those against the base whose whole interval lies below 1 - threshold: slower beyond what noise explains."""
-    bound = 1 - threshold_percent / 100
-    return [
-        ratio
-        for ratio in ratios
-        if ratio.against == "base" and ratio.throughput_ratio.high is not None and ratio.throughput_ratio.high < bound
-    ]
+    """Those against the base that are shown to be slower."""
+    return [r for r in ratios if r.against == "base" and shown_slower(r.throughput_ratio, threshold_percent)]
 
 
 def rows(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Row, ...]:
