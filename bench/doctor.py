@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench import sensors
 from bench.environment import BUSY_PERCENT, allowed_cpus, cpu_busy_percent, cpu_quota, load_1min
 
 GOVERNORS = Path("/sys/devices/system/cpu")
@@ -441,28 +442,11 @@ def _gpus() -> list[GpuPower]:
     """The NVIDIA GPUs of this machine; none without a driver."""
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            GpuPower(
-                name=str(pynvml.nvmlDeviceGetName(handle)),
-                limit_w=_watts(pynvml.nvmlDeviceGetPowerManagementLimit, handle),
-                default_limit_w=_watts(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle),
-            )
-            for handle in handles
-        ]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _watts(question: Any, handle: Any) -> float | None:
-    import pynvml
-
-    try:
-        return float(question(handle)) / 1000
-    except pynvml.NVMLError:  # not every GPU tells
-        return None
+    return [
+        GpuPower(
+            name=str(pynvml.nvmlDeviceGetName(handle)),
+            limit_w=sensors.watts(pynvml.nvmlDeviceGetPowerManagementLimit, handle),
+            default_limit_w=sensors.watts(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle),
+        )
+        for handle in sensors.gpus()
+    ]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from bench import sensors
+
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 BUSY_WINDOW_S = 0.3
@@ -161,33 +163,15 @@ def cpu_busy_percent() -> float:
 def _gpus() -> tuple[Gpu, ...]:
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver: no NVIDIA GPU that anything could run on
-        return ()
-    try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(
-            Gpu(
-                name=str(pynvml.nvmlDeviceGetName(handle)),
-                driver=driver,
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                power_limit_w=_power_limit_w(handle),
-            )
-            for handle in handles
+    return tuple(
+        Gpu(
+            name=str(pynvml.nvmlDeviceGetName(handle)),
+            driver=str(pynvml.nvmlSystemGetDriverVersion()),
+            memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            power_limit_w=sensors.watts(pynvml.nvmlDeviceGetPowerManagementLimit, handle),
         )
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _power_limit_w(handle: object) -> float | None:
-    import pynvml
-
-    try:
-        return float(pynvml.nvmlDeviceGetPowerManagementLimit(handle)) / 1000
-    except pynvml.NVMLError:  # not every GPU tells
-        return None
+        for handle in sensors.gpus()
+    )
 
 
 def _git_commit() -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,7 +53,7 @@ def read() -> Reading:
     with contextlib.suppress(OSError, NotImplementedError):
         found = psutil.cpu_freq()
         frequency = float(found.current) if found and found.current else None
-    return Reading(frequency, tuple(_read_gpu(handle) for handle in _gpus()))
+    return Reading(frequency, tuple(_read_gpu(handle) for handle in gpus()))
 
 
 def energy_j() -> dict[str, float]:
@@ -67,7 +67,7 @@ def energy_j() -> dict[str, float]:
         packages = [int((package / "energy_uj").read_text()) for package in _rapl_packages()]
         if packages:
             counted["cpu"] = sum(packages) * 1e-6
-    joules = [_told(_nvml().nvmlDeviceGetTotalEnergyConsumption, handle) for handle in _gpus()]
+    joules = [told(_nvml().nvmlDeviceGetTotalEnergyConsumption, handle) for handle in gpus()]
     known = [value for value in joules if value is not None]
     if known:
         counted["gpu"] = sum(known) * 1e-3
@@ -77,8 +77,8 @@ def energy_j() -> dict[str, float]:
 def gpu_memory_of_this_process_bytes() -> int | None:
     """What this process holds of all GPUs' memory; None without a GPU, or where the driver doesn't tell."""
     held = None
-    for handle in _gpus():
-        for process in _told(_nvml().nvmlDeviceGetComputeRunningProcesses, handle) or ():
+    for handle in gpus():
+        for process in told(_nvml().nvmlDeviceGetComputeRunningProcesses, handle) or ():
             if process.pid == os.getpid() and process.usedGpuMemory is not None:
                 held = (held or 0) + int(process.usedGpuMemory)
     return held
@@ -90,13 +90,13 @@ def _rapl_packages() -> tuple[Path, ...]:
 
 
 @cache
-def _gpus() -> tuple[Any, ...]:
+def gpus() -> tuple[Any, ...]:
     """A handle for every GPU. NVML stays open for the life of the process: opening it takes longer than asking it."""
     nvml = _nvml()
     try:
         nvml.nvmlInit()
         return tuple(nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount()))
-    except nvml.NVMLError:  # no driver
+    except nvml.NVMLError:  # no driver: no NVIDIA GPU that anything could run on
         return ()
 
 
@@ -106,7 +106,7 @@ def _nvml() -> Any:
     return pynvml
 
 
-def _told(question: Any, *arguments: Any) -> Any:
+def told(question: Callable[..., Any], *arguments: Any) -> Any:
     """NVML's answer, None where the GPU has none."""
     try:
         return question(*arguments)
@@ -114,16 +114,21 @@ def _told(question: Any, *arguments: Any) -> Any:
         return None
 
 
+def watts(question: Callable[..., Any], handle: Any) -> float | None:
+    """NVML's answer to a question of power, which it gives in milliwatts; None where the GPU has none."""
+    milliwatts = told(question, handle)
+    return None if milliwatts is None else milliwatts / 1000
+
+
 def _read_gpu(handle: Any) -> GpuReading:
     nvml = _nvml()
-    power = _told(nvml.nvmlDeviceGetPowerUsage, handle)
-    memory = _told(nvml.nvmlDeviceGetMemoryInfo, handle)
+    memory = told(nvml.nvmlDeviceGetMemoryInfo, handle)
     return GpuReading(
         name=str(nvml.nvmlDeviceGetName(handle)),
-        temperature_celsius=_told(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-        power_watts=None if power is None else power / 1000,
-        sm_clock_mhz=_told(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-        memory_clock_mhz=_told(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
+        temperature_celsius=told(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+        power_watts=watts(nvml.nvmlDeviceGetPowerUsage, handle),
+        sm_clock_mhz=told(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+        memory_clock_mhz=told(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
         memory_used_bytes=None if memory is None else int(memory.used),
         throttled_by=tuple(_throttle_reasons(handle)),
     )
@@ -131,7 +136,7 @@ def _read_gpu(handle: Any) -> GpuReading:
 
 def _throttle_reasons(handle: Any) -> Iterator[str]:
     nvml = _nvml()
-    current = _told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+    current = told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
     for constant, reason in THROTTLE_REASONS.items():
         if current & getattr(nvml, constant, 0):
             yield reason
