@@ -21,6 +21,7 @@ from export.fold import onnx_graph, rules
 from export.fold.batchnorm import FoldError
 from export.fold.graph import Graph
 from export.fold.report import FoldReport, Strategy
+from export.formats.onnx_file import open_session
 
 SIZE_OF_A_SYMBOL = (2, 32)
 """Sizes taken in an example for a symbolic first dimension, the batch, and for any other."""
@@ -146,7 +147,7 @@ def _observed(model: ir.Model, known: set[str]) -> dict[str, tuple[int, ...]]:
     outputs = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in unknown if n not in outputs)
     try:
-        session = _session(proto.SerializeToString())
+        session = open_session(proto.SerializeToString(), silent=True)
         results = session.run(unknown, _feeds(session))
     except Exception:  # onnxruntime has a class for each failure; without these sizes less is folded, and said so
         return {}
@@ -155,16 +156,6 @@ def _observed(model: ir.Model, known: set[str]) -> dict[str, tuple[int, ...]]:
         for name, result in zip(unknown, results, strict=True)
         if isinstance(result, np.ndarray)  # not a sequence or an optional value
     }
-
-
-def _session(model: str | bytes) -> Any:
-    """The file or serialised model in onnxruntime, on the CPU, with optimisations off."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _feeds(session: Any) -> dict[str, np.ndarray]:
@@ -216,7 +207,7 @@ def _difference(source: Path, folded: Path) -> tuple[float | None, str]:
     feeds: dict[str, np.ndarray] = {}
     for path in (source, folded):
         try:
-            session = _session(str(path))
+            session = open_session(str(path), silent=True)
             feeds = feeds or _feeds(session)
             results.append(session.run(None, feeds))
         except Exception as error:  # onnxruntime has a class for each failure; the original's own are not this fold's

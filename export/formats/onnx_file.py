@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -62,13 +63,23 @@ def batchnorms(path: Path) -> int:
 
 def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """The file as a function, float32 batch → float32 logits, on the CPU with every graph optimisation off."""
+    session = open_session(str(path))
+    (name,) = (argument.name for argument in session.get_inputs())
+    return lambda batch: np.asarray(session.run(None, {name: batch})[0])
+
+
+def open_session(model: str | bytes, *, silent: bool = False) -> Any:
+    """A file, or its content, in onnxruntime on the CPU with every graph optimisation off.
+
+    `silent` keeps onnxruntime from printing what it also raises. Raises whatever onnxruntime does.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (name,) = (argument.name for argument in session.get_inputs())
-    return lambda batch: np.asarray(session.run(None, {name: batch})[0])
+    if silent:
+        options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @contextlib.contextmanager
