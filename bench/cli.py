@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -130,21 +129,22 @@ def run_command(
 
     ending = "" if scenario is None else f"-{scenario}"
     target = json or RESULTS / f"{bundle.name or bundle.resolve().name}{ending}.json"
-    plan = _plan(
-        [bundle],
-        backend,
+    from bench.environment import usable_cpus
+    from bench.run import Plan, exit_code, run
+
+    plan = Plan(
+        bundles=(bundle,),
+        backends=tuple(backend) if backend else None,
+        threads=threads or usable_cpus(),
+        profile=profile,
+        timeout_s=timeout,
         control=control,
-        batch_sizes=tuple(sorted(set(batch_size or DEFAULT_BATCH_SIZES))),
+        batch_sizes=_batch_sizes(batch_size),
         rounds=rounds,
-        bound=None,
         survey=True,
         time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
         block_s=block_ms / 1000,
-        threads=threads,
-        profile=profile,
-        timeout_s=timeout,
     )
-    from bench.run import exit_code, run
 
     check_writable(target)
     if wanted is not None:
@@ -187,26 +187,25 @@ def ab_command(
     _check_names(backend)
     if len(bundles) < 2:
         raise BenchError("bench ab compares bundles: name at least two folders, the base first.", EXIT_USAGE)
+    from bench.environment import usable_cpus
     from bench.report import console, print_comparison, print_run
     from bench.results import check_writable, write_result
-    from bench.run import exit_code, run
+    from bench.run import Plan, exit_code, run
     from bench.summary import slower
 
     if json is not None:
         check_writable(json)
-    plan = _plan(
-        bundles,
-        backend,
-        control=False,
-        batch_sizes=tuple(sorted(set(batch_size or DEFAULT_BATCH_SIZES))),
-        rounds=rounds,
-        bound=1 - threshold / 100,
-        survey=False,
-        time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
-        block_s=block_ms / 1000,
-        threads=threads,
+    plan = Plan(
+        bundles=tuple(bundles),
+        backends=tuple(backend) if backend else None,
+        threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
+        batch_sizes=_batch_sizes(batch_size),
+        rounds=rounds,
+        bound=1 - threshold / 100,
+        time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
+        block_s=block_ms / 1000,
     )
     with _shown_progress() as progress:
         result = run(plan, progress)
@@ -310,25 +309,21 @@ def parity_command(
     _check_names(backend)
     if backend and "null" in backend:
         raise BenchError("null computes nothing, so there is nothing to judge. Leave --backend null out.", EXIT_USAGE)
+    from bench.environment import usable_cpus
     from bench.report import console, print_parity
-    from bench.run import exit_code, run
+    from bench.run import Plan, exit_code, run
 
-    plan = _plan(
-        [bundle],
-        backend,
-        control=control,
-        batch_sizes=(),
-        rounds=0,
-        bound=None,
-        survey=False,
-        time_limit_s=None,
-        block_s=0.0,
-        threads=threads,
+    plan = Plan(
+        bundles=(bundle,),
+        backends=tuple(backend) if backend else None,
+        threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
+        control=control,
+        bisect="always" if bisect else "failed",
     )
     with _shown_progress() as progress:
-        result = run(replace(plan, bisect="always" if bisect else "failed"), progress)
+        result = run(plan, progress)
     print_parity(result, console())
     raise typer.Exit(exit_code(result))
 
@@ -420,38 +415,8 @@ def _run_scenario(plan: Plan, wanted: Wanted, target: Path) -> int:
     return scenario_exit_code(result)
 
 
-def _plan(
-    bundles: list[Path],
-    backends: list[str] | None,
-    *,
-    control: bool,
-    batch_sizes: tuple[int, ...],
-    rounds: int | None,
-    bound: float | None,
-    survey: bool,
-    time_limit_s: float | None,
-    block_s: float,
-    threads: int | None,
-    profile: Profile,
-    timeout_s: float,
-) -> Plan:
-    from bench.environment import usable_cpus
-    from bench.run import Plan
-
-    return Plan(
-        bundles=tuple(bundles),
-        backends=tuple(backends) if backends else None,
-        control=control,
-        batch_sizes=batch_sizes,
-        rounds=rounds,
-        bound=bound,
-        survey=survey,
-        time_limit_s=time_limit_s,
-        block_s=block_s,
-        threads=threads or usable_cpus(),
-        profile=profile,
-        timeout_s=timeout_s,
-    )
+def _batch_sizes(given: list[int] | None) -> tuple[int, ...]:
+    return tuple(sorted(set(given or DEFAULT_BATCH_SIZES)))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -72,7 +72,7 @@ BISECTED_IMAGES = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run.
+    """What to run: with nothing else said, the parity alone.
 
     Attributes:
         bundles: what to run, in the same rounds; the first is what the others are compared with.
@@ -91,16 +91,16 @@ class Plan:
 
     bundles: tuple[Path, ...]
     backends: tuple[str, ...] | None
-    control: bool
-    batch_sizes: tuple[int, ...]
-    rounds: int | None
-    bound: float | None
-    survey: bool
-    time_limit_s: float | None
-    block_s: float
     threads: int
     profile: Profile
     timeout_s: float
+    control: bool = False
+    batch_sizes: tuple[int, ...] = ()
+    rounds: int | None = 0
+    bound: float | None = None
+    survey: bool = False
+    time_limit_s: float | None = None
+    block_s: float = 0.0
     bisect: Literal["never", "failed", "always"] = "never"
 
 
@@ -385,7 +385,8 @@ def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress:
 
     def step(what: str) -> None:
         nonlocal done
-        progress(what, max(done / steps, (time.monotonic() - began) / (deadline - began)))
+        elapsed = (time.monotonic() - began) / (deadline - began) if deadline > began else 1.0
+        progress(what, min(1.0, max(done / steps, elapsed)))
         done += 1
 
     for lane in lanes:
@@ -406,9 +407,7 @@ def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress:
         for batch_size in plan.batch_sizes:
             step(f"warming up {lane.subject.label}, batch {batch_size}")
             if lane.failure is None and (prepared := lane.ask(Prepare(batch_size), Prepared)) is not None:
-                calls, seconds = prepared.warm_up.calls, prepared.warm_up.seconds
-                settled = prepared.warm_up.settled
-                lane.warm_ups.append(WarmUpFacts(batch_size=batch_size, calls=calls, seconds=seconds, settled=settled))
+                lane.warm_ups.append(WarmUpFacts(batch_size=batch_size, **asdict(prepared.warm_up)))
     samples: list[Sample] = []
     for round_ in range(rounds):
         if round_ and time.monotonic() > deadline:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import shorten, tamper
 
 from bench.backend import BACKENDS, Profile
 from bench.results import Result
@@ -31,12 +29,7 @@ def faulty_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def small_bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real bundle with the first 300 images of its oracle only, so that a test need not wait for 10,000."""
-    from safetensors.numpy import load_file, save_file
-
-    def shorten(path: Path) -> None:
-        save_file({name: tensor[:300].copy() for name, tensor in load_file(path).items()}, path)
-
-    return tamper(bundle_dir, tmp_path_factory.mktemp("small") / "bundle", "oracle.safetensors", shorten)
+    return shorten(bundle_dir, tmp_path_factory.mktemp("small") / "bundle", images=300)
 
 
 @pytest.fixture(scope="session")
@@ -51,27 +44,6 @@ def tampered(small_bundle: Path, tmp_path: Path) -> TamperedBundle:
     return partial(tamper, small_bundle, tmp_path / "tampered")
 
 
-def tamper(
-    bundle: Path,
-    copy: Path,
-    file: str | None = None,
-    rewrite: Callable[[Path], None] | None = None,
-    manifest: Callable[[dict[str, Any]], None] | None = None,
-) -> Path:
-    shutil.copytree(bundle, copy)
-    fields = json.loads((copy / "bundle.json").read_text())
-    if file is not None and rewrite is not None:
-        rewrite(copy / file)
-        entries = [*fields["files"], fields["oracle"], fields["checkpoint"]]
-        (entry,) = [entry for entry in entries if entry["path"] == file]
-        content = (copy / file).read_bytes()
-        entry["bytes"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
-    if manifest is not None:
-        manifest(fields)
-    (copy / "bundle.json").write_text(json.dumps(fields))
-    return copy
-
-
 @pytest.fixture
 def plan(small_bundle: Path) -> Callable[..., Plan]:
     """A small plan: two rounds of short blocks. Keywords replace what it says."""
@@ -81,12 +53,8 @@ def plan(small_bundle: Path) -> Callable[..., Plan]:
             **{
                 "bundles": (small_bundle,),
                 "backends": ("onnx-cpu",),
-                "control": False,
                 "batch_sizes": (1,),
                 "rounds": 2,
-                "bound": None,
-                "survey": False,
-                "time_limit_s": None,
                 "block_s": 0.005,
                 "threads": 1,
                 "profile": Profile.STRICT,
@@ -108,9 +76,6 @@ def result(small_bundle: Path) -> Result:
             control=True,
             batch_sizes=(1, 8),
             rounds=7,
-            bound=None,
-            survey=False,
-            time_limit_s=None,
             block_s=0.002,
             threads=1,
             profile=Profile.STRICT,

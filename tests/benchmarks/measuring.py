@@ -16,7 +16,6 @@ import contextlib
 import json
 import multiprocessing
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+from bundles import shorten
 
 from bench.backend import BACKENDS, Options, Profile, Session, resolve
 from bench.measure import timed_block, wait_until_quiet
@@ -88,22 +91,8 @@ SLOWED_BACKEND = Slowed()
 @contextlib.contextmanager
 def short_bundle(*names: str) -> Iterator[list[Path]]:
     """Copies of the article's bundle with a short oracle, one for each name."""
-    import hashlib
-
-    from safetensors.numpy import load_file, save_file
-
     with tempfile.TemporaryDirectory() as folder:
-        made = []
-        for name in names:
-            place = Path(shutil.copytree(BUNDLE, Path(folder) / name))
-            oracle = place / "oracle.safetensors"
-            save_file({key: tensor[:IMAGES].copy() for key, tensor in load_file(oracle).items()}, oracle)
-            manifest = json.loads((place / "bundle.json").read_text())
-            content = oracle.read_bytes()
-            manifest["oracle"].update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-            (place / "bundle.json").write_text(json.dumps(manifest))
-            made.append(place)
-        yield made
+        yield [shorten(BUNDLE, Path(folder) / name, IMAGES) for name in names]
 
 
 def compare(bundles: list[Path], backend: str, threshold_percent: float) -> Result:
@@ -111,11 +100,9 @@ def compare(bundles: list[Path], backend: str, threshold_percent: float) -> Resu
     plan = Plan(
         bundles=tuple(bundles),
         backends=(backend,),
-        control=False,
         batch_sizes=(BATCH_SIZE,),
         rounds=None,
         bound=1 - threshold_percent / 100,
-        survey=False,
         time_limit_s=TIME_LIMIT_S,
         block_s=BLOCK_S,
         threads=THREADS,

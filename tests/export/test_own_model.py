@@ -119,12 +119,8 @@ def measured(bundle: Bundle, backend: str) -> Result:
     plan = Plan(
         bundles=(bundle.path,),
         backends=(backend,),
-        control=False,
         batch_sizes=(4,),
         rounds=1,
-        bound=None,
-        survey=False,
-        time_limit_s=None,
         block_s=0.001,
         threads=1,
         profile=Profile.STRICT,
