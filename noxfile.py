@@ -1,4 +1,4 @@
-"""The project's tasks: `nox -s train export bench`, `nox -s tests`, `nox -s lint`, `nox -s benchmark`.
+"""The project's tasks: `nox -s train export bench`, `nox -s tests`, `nox -s lint`, `nox -s benchmark`, `nox -s gpu`.
 
 All sessions share one virtual environment, `.nox/ninefold`: torch and its CUDA libraries are over 5 GB, too much to
 install once for each session. It is made with venv and pip, and made anew when `pyproject.toml` changes.
@@ -121,3 +121,9 @@ def benchmark(session: nox.Session) -> None:
         for path in set(STORED.glob("*/[0-9]*.json")) - kept:
             path.rename(path.with_name(f"failed-{path.name}"))
         raise
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Train, export, measure and test on the best device there is; arguments go to `tests/gpu.py`."""
+    run(session, "tests/gpu.py", *session.posargs)

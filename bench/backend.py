@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from bench.errors import EXIT_USAGE, BenchError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from export.bundle import Bundle, Format
@@ -65,13 +67,18 @@ class Session(Protocol):
 
     def prepare(self, raw: np.ndarray) -> Any:
         """Raw input [N, …], C-contiguous and writable, as the bundle's preprocessing describes it → the model's input,
-        preprocessed and complete on the device. What it returns stays valid when `prepare` is called again."""
+        preprocessed on the device. What it returns stays valid until `prepare` is called with as many images again; it
+        may still be under way, which `run` waits for."""
 
     def run(self, prepared: Any) -> Any:
         """The model on what `prepare` returned. Returns when the result exists on the device, not when queued."""
 
     def fetch(self, output: Any) -> np.ndarray:
         """What `run` returned → float32 logits [N, classes] in host memory."""
+
+    def gpu_ns(self, call: Callable[[], object]) -> int | None:
+        """What `call`, which uses this session, takes by the GPU's own clock: from before the first to after the last
+        of what it asks of the GPU. None where there is no GPU in use."""
 
     def placement(self) -> Placement:
         """Where the compute nodes run, found out and not assumed."""
@@ -100,6 +107,10 @@ class Backend(Protocol):
     def format(self) -> Format | None:
         """The kind of bundle file that it loads; None for the backend that computes nothing."""
 
+    @property
+    def reference(self) -> bool:
+        """Whether it always runs the unfolded file: it is what the others are compared with."""
+
     def unavailable_reason(self) -> str | None:
         """None where this backend can run, else why it can't here and what would change that.
 
@@ -114,6 +125,8 @@ class Backend(Protocol):
 BACKENDS: dict[str, str] = {
     "torch-cpu": "bench.backends.torch_program:CPU",
     "torch-cuda": "bench.backends.torch_program:CUDA",
+    "graph-cuda": "bench.backends.torch_captured:GRAPH",
+    "compile-cuda": "bench.backends.torch_captured:COMPILED",
     "torchscript-cpu": "bench.backends.torchscript:CPU",
     "torchscript-cuda": "bench.backends.torchscript:CUDA",
     "onnx-cpu": "bench.backends.onnx:CPU",

@@ -337,8 +337,9 @@ def _torch_values(bundle: Bundle, inputs: np.ndarray) -> tuple[list[_Reference],
     """What each node of the unfolded program computes, its input first; and the one that is its output."""
     import torch
 
-    program = torch.export.load(bundle.locate(bundle.entry("pt2", folded=False)))
-    exported = program.module(check_guards=False)
+    from bench.backends.torch_program import read_program
+
+    exported = read_program(bundle, folded=False).module(check_guards=False)
     module = torch.fx.GraphModule(exported, exported.graph)
     (result,) = module.graph.output_node().all_input_nodes  # the one output of the manifest
     with torch.inference_mode():
@@ -420,7 +421,10 @@ def _fed(session: Session, raw: np.ndarray) -> np.ndarray:
     from bench.backends.onnx import Bound
 
     prepared = session.prepare(raw.copy())
-    return prepared.tensor.cpu().numpy() if isinstance(prepared, Bound) else np.asarray(prepared)
+    if not isinstance(prepared, Bound):
+        return np.asarray(prepared)
+    session.run(prepared)  # which waits for what prepared its input
+    return np.asarray(prepared.tensor.cpu().numpy())
 
 
 def _rows(value: np.ndarray, images: int) -> np.ndarray:

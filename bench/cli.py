@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.backend import Profile, find_backend
+from bench.backend import BACKENDS, Profile, find_backend
 from bench.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -43,6 +43,9 @@ DEFAULT_TIMEOUT_S = 120.0
 # A minute for the seven or so runs of server. MLPerf's rules ask for 600 s each; their bound for images is 15 ms.
 DEFAULT_MIN_DURATION_S, DEFAULT_LATENCY_BOUND_MS, DEFAULT_SAMPLES_PER_QUERY = 10.0, 15.0, 8
 DEFAULT_THRESHOLD_PERCENT = 5.0
+# Of a suite, which has seven times the rows of a run: many short blocks show as much as few long ones, and every call
+# that fits into one is a number in the file.
+SUITE_BLOCK_S, SUITE_TIME_LIMIT_S = 0.03, 240.0
 
 # Typer's rich help costs as much start-up time as everything else together.
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
@@ -138,7 +141,7 @@ def run_command(
         threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
-        control=control,
+        control=tuple(BACKENDS) if control else (),
         batch_sizes=_batch_sizes(batch_size),
         rounds=rounds,
         survey=True,
@@ -155,6 +158,60 @@ def run_command(
     write_result(result, target)
     print(f"result: {target}")
     raise typer.Exit(exit_code(result))
+
+
+@app.command("suite")
+def suite_command(
+    backend: BackendOption = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Images per call; repeat for more. Default: 1, 8, 64, 256 and 1024; on a GPU 4096 and 16384 too.",
+        ),
+    ] = None,
+    bundle: BundleOption = DEFAULT_BUNDLE,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Where the files go. Default: artifacts/results/<bundle>-suite"),
+    ] = None,
+    threads: ThreadsOption = None,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", min=0, help="Seconds after which no round begins, for all runs together.")
+    ] = SUITE_TIME_LIMIT_S,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """All that can be said of a bundle on this machine: suite.json, figures, and summary.md.
+
+    The doctor's findings; then, for each profile that changes anything here, parity and throughput of every backend and
+    of the unfolded controls. Each run is written when it is done.
+
+    Exit code 1 when a parity failed, a backend did not finish, or a run that was due could not be made.
+    """
+    _check_names(backend)
+    if backend and "null" in backend:
+        raise BenchError("null is no backend to judge or to compare. Leave --backend null out.", EXIT_USAGE)
+    from bench.environment import usable_cpus
+    from bench.suite import Wanted as WantedSuite
+    from bench.suite import conduct, suite_exit_code
+    from bench.suite_page import PAGE_NAME, check_folder, write_suite
+
+    target = out or RESULTS / f"{bundle.name or bundle.resolve().name}-suite"
+    check_folder(target)
+    wanted = WantedSuite(
+        bundle=bundle,
+        backends=tuple(backend or ()),
+        batch_sizes=tuple(sorted(set(batch_size or ()))),
+        threads=threads or usable_cpus(),
+        time_limit_s=time_limit,
+        block_s=SUITE_BLOCK_S,
+        timeout_s=timeout,
+    )
+    with _shown_progress() as progress:
+        suite = conduct(wanted, lambda so_far: write_suite(so_far, target), progress)
+    print(f"summary: {target / PAGE_NAME}")
+    raise typer.Exit(suite_exit_code(suite))
 
 
 @app.command("ab")
@@ -219,14 +276,21 @@ def ab_command(
 
 @app.command("report")
 def report_command(
-    result: Annotated[Path, typer.Argument(metavar="RESULT.JSON", help="What bench run or bench ab wrote.")],
+    result: Annotated[
+        Path, typer.Argument(metavar="RESULT.JSON", help="What bench run, bench ab or bench suite wrote.")
+    ],
 ) -> None:
-    """Print a result's tables again, every figure derived anew from its raw samples."""
+    """Print a result's tables again, every figure derived anew from its raw samples; of a suite, its page."""
     from bench.report import console, print_run
     from bench.results import read_result
+    from bench.suite import read_suite
+    from bench.suite_page import page
     from bench.summary import derived
 
-    print_run(derived(read_result(result)), console())
+    if (suite := read_suite(result)) is not None:
+        print(page(suite.model_copy(update={"runs": tuple(map(derived, suite.runs))})), end="")
+    else:
+        print_run(derived(read_result(result)), console())
 
 
 @app.command("compare")
@@ -319,7 +383,7 @@ def parity_command(
         threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
-        control=control,
+        control=tuple(BACKENDS) if control else (),
         bisect="always" if bisect else "failed",
     )
     with _shown_progress() as progress:

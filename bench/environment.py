@@ -7,6 +7,7 @@ worker.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -131,11 +132,10 @@ def describe() -> Environment:
     import cpuinfo
     import psutil
 
-    versions = {name: metadata.version(name) for name in ("ninefold", "numpy", "scipy")}
     return Environment(
         platform=platform.platform(),
         python=platform.python_version(),
-        versions=versions,
+        versions=_versions(),
         cpu=cpuinfo.get_cpu_info().get("brand_raw", platform.processor()),
         logical_cpus=os.cpu_count() or 1,
         physical_cpus=psutil.cpu_count(logical=False),
@@ -158,6 +158,15 @@ def cpu_busy_percent() -> float:
     import psutil
 
     return float(psutil.cpu_percent(interval=BUSY_WINDOW_S))
+
+
+def _versions() -> dict[str, str]:
+    """What is installed. A checkout that nobody installed has no version; its commit says what it is."""
+    found = {}
+    for name in ("ninefold", "numpy", "scipy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -2,7 +2,8 @@
 
 Owns what happens inside one worker between two looks at the clock. Knows neither backends nor statistics: it times a
 callable and keeps every sample. One host clock serves every device, because a session's `run` returns when its result
-exists (see `bench.backend.Session`).
+exists (see `bench.backend.Session`); where there is a GPU in use, its own clock times some more calls after the block,
+since asking it takes longer than the shortest of them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 Timing = Literal["device_resident", "end_to_end"]
 """`device_resident` times `run` on an input that is on the device; `end_to_end` times `prepare`, `run` and `fetch`."""
+
+GpuClock = Callable[[Callable[[], object]], "int | None"]
+"""See `bench.backend.Session.gpu_ns`."""
 
 # Reached only where a call takes almost no time; keeps a result file readable.
 MAX_CALLS_PER_BLOCK = 10_000
@@ -25,6 +29,8 @@ LEAD_IN_S = 0.01
 WARM_UP_CALLS, WARM_UP_S, WARM_UP_LIMIT_CALLS, WARM_UP_LIMIT_S = 10, 0.2, 3, 2.0
 STEADY_WITHIN = 0.03
 OVERHEAD_S = 0.01
+# Calls that the GPU's clock times after a block: enough for a median, at most a fifth of the block's time.
+GPU_CALLS, GPU_SHARE = 20, 0.2
 # onnxruntime's pool was seen spinning for 40 ms after a call, using one core: two orders above what counts as quiet.
 QUIET_WINDOW_S, QUIET_SHARE, QUIET_LIMIT_S = 0.01, 0.1, 1.0
 
@@ -38,6 +44,7 @@ class Block:
         started_at_monotonic_ns: the same moment on the clock that times the calls (`time.perf_counter_ns`).
         durations_ns: one for each call, in order.
         energy_j: what each counter of the machine counted meanwhile, everything that ran included.
+        gpu_durations_ns: some calls right after the block, timed by the GPU's own clock; empty without a GPU.
     """
 
     timing: Timing
@@ -45,6 +52,7 @@ class Block:
     started_at_monotonic_ns: int
     durations_ns: tuple[int, ...]
     energy_j: dict[str, float]
+    gpu_durations_ns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,15 @@ class WarmUp:
 
 
 def timed_block(
-    call: Callable[[], object], timing: Timing, seconds: float, energy: Callable[[], dict[str, float]] = dict
+    call: Callable[[], object],
+    timing: Timing,
+    seconds: float,
+    energy: Callable[[], dict[str, float]] = dict,
+    gpu_ns: GpuClock | None = None,
 ) -> Block:
     """Time single calls of `call` until `seconds` have passed, at least one and at most `MAX_CALLS_PER_BLOCK`.
 
-    `energy` reads the machine's counters, in joules, at both ends of the block.
+    `energy` reads the machine's counters, in joules, at both ends of the block. `gpu_ns` is the GPU's clock.
     """
     clock = time.perf_counter_ns
     lead_in_end = clock() + int(LEAD_IN_S * 1e9)
@@ -88,7 +100,19 @@ def timed_block(
         if collecting:
             gc.enable()
     energy_j = {counter: joules - energy_before[counter] for counter, joules in energy().items()}
-    return Block(timing, started_at_unix_s, started, tuple(durations), energy_j)
+    by_gpu = () if gpu_ns is None else tuple(_by_gpu(call, gpu_ns, GPU_SHARE * seconds))
+    return Block(timing, started_at_unix_s, started, tuple(durations), energy_j, by_gpu)
+
+
+def _by_gpu(call: Callable[[], object], gpu_ns: GpuClock, seconds: float) -> Iterator[int]:
+    """What each of a few calls takes by the GPU's clock; nothing where it has none."""
+    end = time.perf_counter() + seconds
+    for _ in range(GPU_CALLS):
+        if (duration := gpu_ns(call)) is None:
+            return
+        yield duration
+        if time.perf_counter() >= end:
+            return
 
 
 def timer_overhead_ns() -> float:

@@ -16,12 +16,11 @@ from rich.table import Table
 from bench.compare import Compared, Comparison, regressions
 from bench.environment import BUSY_PERCENT, Environment
 from bench.loadgen import OFFICIAL_MIN_DURATION_S, Scenario
-from bench.measure import Timing
 from bench.parity import ParityVerdict
-from bench.results import Against, Ratio, Result, Row, Skipped, SubjectResult
+from bench.results import Against, Ratio, Result, Row, Skipped, SubjectResult, find_ratio
 from bench.roofline import Point, Survey
-from bench.statistics import MedianRatio, PairedRatio, Spread
 from bench.summary import slower
+from bench.wording import flips_words, milliseconds, number, per_s, ratio_words, rounds_words, spread_words
 
 if TYPE_CHECKING:
     from bench.doctor import Finding
@@ -48,7 +47,7 @@ def print_run(result: Result, out: Console) -> None:
         letter = "" if bundle.letter is None else f"{bundle.letter}: "
         out.print(f"{letter}[bold]{escape(bundle.name)}[/] (bundle {bundle.digest[:12]}) at {escape(bundle.path)}")
     out.print(
-        f"profile {settings.profile}, {settings.threads} threads, {_rounds(result)} interleaved rounds of "
+        f"profile {settings.profile}, {settings.threads} threads, {rounds_words(result)} interleaved rounds of "
         f"{settings.block_s * 1000:g} ms"
     )
     _print_machine(result.environment, result.cpu_busy_percent_at_end, out)
@@ -96,8 +95,8 @@ def print_two_runs(
         busy = max(result.environment.cpu_busy_percent, result.cpu_busy_percent_at_end)
         advice = " [yellow](expect the figures to scatter)[/]" if busy > BUSY_PERCENT else ""
         out.print(
-            f"{name}: {measured}, {result.started_at:%Y-%m-%d %H:%M} UTC, {_rounds(result)} rounds; other processes "
-            f"used {busy:.0f} % of the CPUs{advice}"
+            f"{name}: {measured}, {result.started_at:%Y-%m-%d %H:%M} UTC, {rounds_words(result)} rounds; other "
+            f"processes used {busy:.0f} % of the CPUs{advice}"
         )
     for difference in differences:
         out.print(f"[yellow]warning[/] not the same machine: {escape(difference)}")
@@ -123,7 +122,7 @@ def _print_slower(subject: str, found: Ratio | Compared, base: str, out: Console
     timing = found.timing.replace("_", " ")
     out.print(
         f"[red]slower[/] {escape(subject)} at batch {found.batch_size}, {timing}: "
-        f"{_ratio(found.throughput_ratio, '.3f')} of {base}"
+        f"{ratio_words(found.throughput_ratio, '.3f')} of {base}"
     )
 
 
@@ -164,14 +163,14 @@ def print_parity(result: Result, out: Console) -> None:
                 escape(subject.label),
                 _verdict(parity),
                 f"{parity.images:,}",
-                _number(parity.top1_percent, ".2f"),
-                _number(parity.oracle_top1_percent, ".2f"),
-                _flips(parity),
+                number(parity.top1_percent, ".2f"),
+                number(parity.oracle_top1_percent, ".2f"),
+                flips_words(parity),
                 "–" if parity.mcnemar is None else f"{parity.mcnemar.b}, {parity.mcnemar.c}",
-                "–" if parity.mcnemar is None else _number(parity.mcnemar.p_value, ".3g"),
-                _number(parity.max_abs_error, ".2g"),
-                _number(parity.rms_error, ".2g"),
-                _number(parity.rms_error_in_float32_errors, ".2f"),
+                "–" if parity.mcnemar is None else number(parity.mcnemar.p_value, ".3g"),
+                number(parity.max_abs_error, ".2g"),
+                number(parity.rms_error, ".2g"),
+                number(parity.rms_error_in_float32_errors, ".2f"),
             )
     out.print(table)
     out.print(
@@ -211,11 +210,11 @@ def print_scenario(result: ScenarioResult, out: Console) -> None:
                 _scenario_result(row, settings.scenario),
                 "[green]VALID[/]" if run.verdict == "VALID" else "[red]INVALID[/]",
                 # Offline is one query: its latency is that of the whole run.
-                *("–" if settings.scenario is Scenario.OFFLINE else _number(value, ".3g") for value in latency),
+                *("–" if settings.scenario is Scenario.OFFLINE else number(value, ".3g") for value in latency),
                 f"{run.queries:,}",
                 f"{run.images:,}",
                 "–" if parity is None else _verdict(parity),
-                "–" if parity is None else _number(parity.top1_percent, ".2f"),
+                "–" if parity is None else number(parity.top1_percent, ".2f"),
             )
     out.print(table)
     out.print("latency: from when a query was due to its answer, raw input to logits in host memory, by LoadGen.\n")
@@ -223,8 +222,8 @@ def print_scenario(result: ScenarioResult, out: Console) -> None:
         if row.missed_queries_per_s is not None:
             bound = f"a p99 of {settings.latency_bound_ms:g} ms"
             rates = [run.queries_per_s or 0.0 for run in row.runs if run.verdict == "VALID"]
-            held = f"{_per_s(max(rates))} queries/s held {bound}" if rates else f"no rate tried held {bound}"
-            missed = _per_s(row.missed_queries_per_s)
+            held = f"{per_s(max(rates))} queries/s held {bound}" if rates else f"no rate tried held {bound}"
+            missed = per_s(row.missed_queries_per_s)
             out.print(f"{escape(row.subject.label)}: {held}, {missed} queries/s did not")
         if row.reported is not None and (unmet := row.runs[row.reported].unmet):
             out.print(f"[red]INVALID[/] {escape(row.subject.label)}: LoadGen calls not satisfied: {', '.join(unmet)}")
@@ -238,9 +237,9 @@ def _scenario_result(row: ScenarioRow, scenario: Scenario) -> str:
         return "–"
     run = row.runs[row.reported]
     if scenario is Scenario.SERVER:
-        return "–" if run.verdict == "INVALID" else f"{_per_s(run.queries_per_s or 0.0)} queries/s"
+        return "–" if run.verdict == "INVALID" else f"{per_s(run.queries_per_s or 0.0)} queries/s"
     if scenario is Scenario.OFFLINE:
-        return f"{_number(run.images_per_s, ',.0f')} images/s"
+        return f"{number(run.images_per_s, ',.0f')} images/s"
     if scenario is Scenario.SINGLE_STREAM:
         return f"p90 {run.latency_ms.p90:.3g} ms"
     return f"p99 {run.latency_ms.p99:.3g} ms"
@@ -287,17 +286,17 @@ def _rows_table(result: Result) -> Table:
 def _cells(row: Row, subject: SubjectResult, ratios: Iterable[Ratio]) -> Iterator[str]:
     yield escape(row.subject)
     yield str(row.batch_size)
-    yield _spread(row.device_resident_throughput_images_per_s)
-    yield _spread(row.end_to_end_throughput_images_per_s)
+    yield spread_words(row.device_resident_throughput_images_per_s)
+    yield spread_words(row.end_to_end_throughput_images_per_s)
     latency = row.end_to_end_latency_ms
     for value in (latency.p50, latency.p90, latency.p99, latency.p99_upper):
-        yield _number(value, ".3g" if (value or 0) < 100 else ".0f")
+        yield milliseconds(value)
     yield row.verdict
     yield "–" if subject.parity is None else _verdict(subject.parity)
-    yield "–" if subject.parity is None else _number(subject.parity.top1_percent, ".2f")
-    yield "–" if subject.parity is None else _flips(subject.parity)
-    yield "–" if subject.parity is None else _number(subject.parity.max_abs_error, ".1e")
-    yield _ratio(_find(ratios, "torch", row.subject, row.batch_size, "device_resident"), ".3g")
+    yield "–" if subject.parity is None else number(subject.parity.top1_percent, ".2f")
+    yield "–" if subject.parity is None else flips_words(subject.parity)
+    yield "–" if subject.parity is None else number(subject.parity.max_abs_error, ".1e")
+    yield ratio_words(find_ratio(ratios, "torch", row.subject, row.batch_size, "device_resident"), ".3g")
 
 
 def _print_roofline(survey: Survey, points: Iterable[Point], out: Console) -> None:
@@ -337,22 +336,16 @@ def _print_sensors(result: Result, out: Console) -> None:
             )
 
 
-def _find(ratios: Iterable[Ratio], against: str, subject: str, batch_size: int, timing: Timing) -> PairedRatio | None:
-    key = (against, subject, batch_size, timing)
-    found = (r.throughput_ratio for r in ratios if (r.against, r.numerator, r.batch_size, r.timing) == key)
-    return next(found, None)
-
-
 def _ratios_table(ratios: list[Ratio]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("backend", overflow="fold")
     for name in ("batch", "device", "end to end", "rounds"):
         table.add_column(name, justify="right", overflow="fold")
     for against, name, batch_size in dict.fromkeys((r.against, r.numerator, r.batch_size) for r in ratios):
-        device = _find(ratios, against, name, batch_size, "device_resident")
-        whole = _find(ratios, against, name, batch_size, "end_to_end")
+        device = find_ratio(ratios, against, name, batch_size, "device_resident")
+        whole = find_ratio(ratios, against, name, batch_size, "end_to_end")
         rounds = device.rounds if device else 0
-        table.add_row(name, str(batch_size), _ratio(device, ".3f"), _ratio(whole, ".3f"), str(rounds))
+        table.add_row(name, str(batch_size), ratio_words(device, ".3f"), ratio_words(whole, ".3f"), str(rounds))
     return table
 
 
@@ -367,9 +360,9 @@ def _two_runs_table(found: Iterable[Compared]) -> Table:
             escape(compared.subject),
             str(compared.batch_size),
             compared.timing.replace("_", " "),
-            _per_s(ratio.denominator_median),
-            _per_s(ratio.numerator_median),
-            _ratio(ratio, ".3f") if ratio.low is not None else f"{_ratio(ratio, '.3f')} (–)",
+            per_s(ratio.denominator_median),
+            per_s(ratio.numerator_median),
+            ratio_words(ratio, ".3f") if ratio.low is not None else f"{ratio_words(ratio, '.3f')} (–)",
         )
     return table
 
@@ -427,36 +420,5 @@ def _print_absent(subjects: Iterable[SubjectResult], skipped: Iterable[Skipped],
         out.print(f"[dim]skipped {escape(', '.join(backends))}: {escape(reason)}[/]")
 
 
-def _spread(spread: Spread) -> str:
-    digits = ",.0f" if spread.median >= 100 else ",.1f"
-    half = spread.half_width_percent
-    return f"{spread.median:{digits}}" + ("" if half is None else f" ±{half:.1f}%")
-
-
-def _per_s(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
-
-
-def _ratio(ratio: PairedRatio | MedianRatio | None, digits: str) -> str:
-    if ratio is None:
-        return "–"
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.median:{digits}}"
-    return f"{ratio.median:{digits}} ({ratio.low:{digits}}…{ratio.high:{digits}})"
-
-
-def _rounds(result: Result) -> str:
-    done, asked = len({sample.round for sample in result.samples}), result.settings.rounds
-    return str(done) if asked in (None, done) else f"{done} of {asked} (time limit)"
-
-
 def _verdict(parity: ParityVerdict) -> str:
     return "[green]pass[/]" if parity.passed else "[red]FAIL[/]"
-
-
-def _flips(parity: ParityVerdict) -> str:
-    return "–" if parity.flips is None else str(len(parity.flips))
-
-
-def _number(value: float | None, digits: str) -> str:
-    return "–" if value is None else f"{value:{digits}}"

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,6 +28,8 @@ from bench.statistics import PairedRatio, Spread
 from bench.worker import FailureKind
 
 SCHEMA_VERSION: Literal[2] = 2
+REMEDY = "Name a file that bench run (without --scenario) or bench ab wrote with --json."
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Frozen(BaseModel):
@@ -101,7 +104,8 @@ class Sample(_Frozen):
 
     `position` is the place of the block's turn within its round; `quiet_after_s` is how long the runtime's threads kept
     using the CPU after the turn, which the next turn waited for. `energy_j` is what the machine's counters counted
-    during the block, everything that ran included.
+    during the block, everything that ran included. `gpu_durations_ns` are some further calls, timed by the GPU's own
+    clock; empty for end-to-end blocks and where there is no GPU.
     """
 
     subject: str
@@ -113,6 +117,7 @@ class Sample(_Frozen):
     started_at_monotonic_ns: int
     durations_ns: tuple[int, ...]
     energy_j: dict[str, float]
+    gpu_durations_ns: tuple[int, ...] = ()
     quiet_after_s: float
 
 
@@ -134,7 +139,9 @@ class Row(_Frozen):
     """What was found for a subject at a batch size. Throughputs are those of the rounds' blocks.
 
     `verdict` is stable where both medians are known to within 1 %. `timer_share_percent` is how much of a call on the
-    device is the clock's own. `energy_per_image_j` is by counter, and empty where the machine has none.
+    device is the clock's own. `gpu_latency_p50_ms` is the median of the device-resident calls that the GPU's clock
+    timed: what is missing to the host's median is the time to launch and to notice the end. `energy_per_image_j` is by
+    counter, and empty where the machine has none.
     """
 
     subject: str
@@ -143,9 +150,19 @@ class Row(_Frozen):
     end_to_end_throughput_images_per_s: Spread
     device_resident_latency_ms: Percentiles
     end_to_end_latency_ms: Percentiles
+    gpu_latency_p50_ms: float | None = None
     verdict: Literal["stable", "unstable"]
     timer_share_percent: float | None
     energy_per_image_j: dict[str, float]
+
+    def throughput(self, timing: Timing) -> Spread:
+        """Images per second of that timing."""
+        device = timing == "device_resident"
+        return self.device_resident_throughput_images_per_s if device else self.end_to_end_throughput_images_per_s
+
+    def latency(self, timing: Timing) -> Percentiles:
+        """Milliseconds of that timing's calls."""
+        return self.device_resident_latency_ms if timing == "device_resident" else self.end_to_end_latency_ms
 
 
 Against = Literal["torch", "control", "base"]
@@ -161,6 +178,15 @@ class Ratio(_Frozen):
     batch_size: int
     timing: Timing
     throughput_ratio: PairedRatio
+
+
+def find_ratio(
+    ratios: Iterable[Ratio], against: Against, numerator: str, batch_size: int, timing: Timing
+) -> PairedRatio | None:
+    """The ratio of that backend at that batch size; None where there is none."""
+    key = (against, numerator, batch_size, timing)
+    found = (r.throughput_ratio for r in ratios if (r.against, r.numerator, r.batch_size, r.timing) == key)
+    return next(found, None)
 
 
 class Skipped(_Frozen):
@@ -209,14 +235,15 @@ class Result(_Frozen):
     ratios: tuple[Ratio, ...]
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--json") -> None:
     """Find out before anything is measured that a result can be written. Makes the folder. Raises BenchError (bad
-    input).
+    input), which names the `option` that names another place.
     """
     target = path.resolve()  # the file that a link points to is replaced, not the link
     if target.exists() and not target.is_file():
         raise BenchError(
-            f"the result can't be written to {path}: it is not a regular file. Name a file with --json.", EXIT_BAD_INPUT
+            f"the result can't be written to {path}: it is not a regular file. Name another place with {option}.",
+            EXIT_BAD_INPUT,
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,12 +251,20 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise BenchError(
-            f"the result can't be written to {path}: {error.strerror}. Name another place with --json.", EXIT_BAD_INPUT
+            f"the result can't be written to {path}: {error.strerror}. Name another place with {option}.",
+            EXIT_BAD_INPUT,
         ) from None
 
 
-def write_result(result: BaseModel, path: Path) -> None:
-    """Write the JSON: a reader sees the old file or the new one. Raises BenchError (bad input), the old one intact."""
+def write_result(result: BaseModel, path: Path, option: str = "--json") -> None:
+    """Write the JSON as `write_whole` does."""
+    write_whole(indented_json(json.loads(result.model_dump_json())) + "\n", path, option)
+
+
+def write_whole(content: str, path: Path, option: str) -> None:
+    """Write a text file: a reader sees the old one or the new one. Raises BenchError (bad input), the old one intact;
+    it names the `option` that names another place.
+    """
     target = path.resolve()
     scratch = None
     try:
@@ -237,7 +272,7 @@ def write_result(result: BaseModel, path: Path) -> None:
             "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
         ) as file:
             scratch = Path(file.name)
-            file.write(result.model_dump_json(indent=1))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         scratch.chmod(0o666 & ~_umask())  # a temporary file is private; a result is like any other file
@@ -245,7 +280,7 @@ def write_result(result: BaseModel, path: Path) -> None:
     except OSError as error:
         raise BenchError(
             f"the result could not be written to {path}: {error.strerror}. What was there before is unchanged; name "
-            "another place with --json.",
+            f"another place with {option}.",
             EXIT_BAD_INPUT,
         ) from None
     finally:
@@ -253,38 +288,71 @@ def write_result(result: BaseModel, path: Path) -> None:
             scratch.unlink(missing_ok=True)
 
 
+def indented_json(value: Any, indent: str = "") -> str:
+    """The JSON of what `json.loads` returns, a line for each field, and one for a whole list of numbers: the durations
+    of a block are read together, and compared together.
+    """
+    deeper = indent + " "
+    if isinstance(value, dict) and value:
+        items = [f"{deeper}{_json(key)}: {indented_json(item, deeper)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, list) and not all(isinstance(item, int | float) for item in value):
+        items = [deeper + indented_json(item, deeper) for item in value]
+        return "[\n" + ",\n".join(items) + f"\n{indent}]"
+    return _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def read_result(path: Path) -> Result:
     """The result in a file. Raises BenchError (bad input) for one that is missing, cut off, no JSON, of another
     version of the schema, or no result.
     """
-    remedy = "Name a file that bench run (without --scenario) or bench ab wrote with --json."
+    fields = read_fields(path)
+    others = {
+        "scenario": "is what LoadGen found in a scenario: it has no rounds",
+        "suite": "is a suite of several runs: bench report shows it, but there is no one result in it",
+    }
+    if (kind := fields.get("kind")) in others:
+        raise BenchError(f"{path} {others[kind]}. {REMEDY}", EXIT_BAD_INPUT)
+    return validated(Result, fields, SCHEMA_VERSION, path)
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a file that `write_result` wrote, of whatever kind. Raises BenchError (bad input) for another."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise BenchError(f"no result can be read at {path}: {error.strerror}. {remedy}", EXIT_BAD_INPUT) from None
+        raise BenchError(f"no result can be read at {path}: {error.strerror}. {REMEDY}", EXIT_BAD_INPUT) from None
     try:
         fields = json.loads(content)
     except ValueError as error:
         raise BenchError(
-            f"{path} is not JSON, or only the beginning of it: {error}. {remedy}", EXIT_BAD_INPUT
+            f"{path} is not JSON, or only the beginning of it: {error}. {REMEDY}", EXIT_BAD_INPUT
         ) from None
     if not isinstance(fields, dict) or "schema_version" not in fields:
-        raise BenchError(f"{path} is JSON, but no result: it has no schema_version. {remedy}", EXIT_BAD_INPUT)
-    if fields.get("kind") == "scenario":
-        raise BenchError(f"{path} is what LoadGen found in a scenario: it has no rounds. {remedy}", EXIT_BAD_INPUT)
-    if fields["schema_version"] != SCHEMA_VERSION:
+        raise BenchError(f"{path} is JSON, but no result: it has no schema_version. {REMEDY}", EXIT_BAD_INPUT)
+    return fields
+
+
+def validated(model: type[M], fields: dict[str, Any], version: int, path: Path) -> M:
+    """What `read_fields` found in the file at `path`, as `model`. Raises BenchError (bad input)."""
+    if fields["schema_version"] != version:
         raise BenchError(
-            f"{path} has schema version {fields['schema_version']!r}; this bench reads version {SCHEMA_VERSION}. "
+            f"{path} has schema version {fields['schema_version']!r}; this bench reads version {version}. "
             "Measure again, or read the file with the ninefold that wrote it.",
             EXIT_BAD_INPUT,
         )
     try:
-        return Result.model_validate_json(content)
+        # As JSON, not as Python's values: only there is a list a tuple, and a text a date.
+        return model.model_validate_json(json.dumps(fields))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise BenchError(
-            f"{path} is not a whole result: {field}: {first['msg']}. {remedy}",
+            f"{path} is not a whole result: {field}: {first['msg']}. {REMEDY}",
             EXIT_BAD_INPUT,
         ) from None
 

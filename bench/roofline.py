@@ -25,6 +25,8 @@ from bench.backend import Profile
 from bench.worker import interrupts_held_back, take_no_interrupts
 
 if TYPE_CHECKING:
+    import torch
+
     from export.bundle import Bundle
 
 RooflineDevice = Literal["cpu", "cuda"]
@@ -32,6 +34,7 @@ Binding = Literal["arithmetic", "memory", "copies", "launches"]
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
+HOST_COPY_BYTES = 2**28
 PEAK_CALLS, WARM_UP_CALLS = 7, 2
 COUNTED = ("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose", "linear", "addmm", "mm", "matmul", "pool")
 
@@ -48,12 +51,14 @@ class Work:
 @dataclass(frozen=True)
 class Peak:
     """The best that a device was seen to do: `flops_per_s` of one float32 matrix product (TF32 where the profile allows
-    it), `copy_bytes_per_s` of one copy, reading and writing counted.
+    it), `copy_bytes_per_s` of one copy, reading and writing counted, `host_to_device_bytes_per_s` of one copy from
+    pinned memory to the device; None where the device is the host.
     """
 
     device: RooflineDevice
     flops_per_s: float
     copy_bytes_per_s: float
+    host_to_device_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,25 +138,26 @@ def survey(
 
 def _survey(place: Path, devices: tuple[RooflineDevice, ...], threads: int, profile: Profile) -> Survey | None:
     from bench.backend import Options
+    from bench.backends.torch_program import read_program
     from bench.backends.torch_runtime import configure_torch
     from export.bundle import Bundle, BundleError
 
     configure_torch(Options(threads, profile))
     bundle = Bundle.open(place)
     try:
-        entry = bundle.entry("pt2", folded=False)
+        program = read_program(bundle, folded=False)
     except BundleError:
         return None
-    return Survey(count(bundle, bundle.locate(entry)), tuple(_peak(device) for device in devices))
+    return Survey(count(bundle, program), tuple(_peak(device) for device in devices))
 
 
-def count(bundle: Bundle, program: Path) -> Work:
+def count(bundle: Bundle, program: torch.export.ExportedProgram) -> Work:
     """The work of a torch.export program, on two inputs of the bundle's shape."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    exported = torch.export.load(program).module(check_guards=False)
+    exported = program.module(check_guards=False)
     weights = {tensor.data_ptr(): tensor for tensor in (*exported.parameters(), *exported.buffers())}
     moved: dict[str, float] = {"activations": 0.0}
     used: dict[int, float] = {}
@@ -189,11 +195,14 @@ def _peak(device: RooflineDevice) -> Peak:
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     product = torch.empty_like(a)
     source, target = (torch.zeros(bytes_ // 4, device=device) for _ in range(2))
-    return Peak(
-        device,
-        flops_per_s=2 * size**3 / _seconds(lambda: torch.mm(a, b, out=product), device),
-        copy_bytes_per_s=2 * bytes_ / _seconds(lambda: target.copy_(source), device),
-    )
+    flops_per_s = 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=product), device)
+    copy_bytes_per_s = 2 * bytes_ / _seconds(lambda: target.copy_(source), device)
+    if device == "cpu":
+        return Peak(device, flops_per_s, copy_bytes_per_s)
+    pinned = torch.zeros(HOST_COPY_BYTES // 4, pin_memory=True)
+    near = target[: len(pinned)]
+    to_device = HOST_COPY_BYTES / _seconds(lambda: near.copy_(pinned, non_blocking=True), device)
+    return Peak(device, flops_per_s, copy_bytes_per_s, to_device)
 
 
 def _seconds(call: Callable[[], object], device: RooflineDevice) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from bench import sensors
-from bench.backend import BACKENDS, Backend, Options, Placement, Profile, Setting, find_backend
+from bench.backend import BACKENDS, Backend, Device, Options, Placement, Profile, Setting, find_backend
 from bench.bisect import Bisection
 from bench.environment import Environment, cpu_busy_percent, describe, load_1min
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
@@ -77,7 +77,8 @@ class Plan:
     Attributes:
         bundles: what to run, in the same rounds; the first is what the others are compared with.
         backends: names, or None for all that are available here (except ``null``).
-        control: also run the first bundle's unfolded file on each backend that runs its folded one.
+        device: where no backend is named, only those on this device; None is all of them.
+        control: the backends that also run the first bundle's unfolded file, if they run its folded one.
         rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
             None: until more rounds would tell little more (see `bench.summary.enough`), at most `MAX_ROUNDS`.
         bound: where it is given, and `rounds` isn't, rounds go on until every ratio against the first bundle lies on
@@ -94,7 +95,7 @@ class Plan:
     threads: int
     profile: Profile
     timeout_s: float
-    control: bool = False
+    control: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()
     rounds: int | None = 0
     bound: float | None = None
@@ -102,6 +103,7 @@ class Plan:
     time_limit_s: float | None = None
     block_s: float = 0.0
     bisect: Literal["never", "failed", "always"] = "never"
+    device: Device | None = None
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ def _letters(bundles: list[Bundle]) -> list[tuple[str | None, Bundle]]:
 
 def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[Subject], list[Skipped]]:
     """The subjects of a run, and the backends that nobody named and a bundle has no file for. Raises BenchError."""
-    names = plan.backends or tuple(name for name in BACKENDS if name != "null")
+    names = plan.backends or tuple(name for name in BACKENDS if name != "null" and _is_on(name, plan.device))
     subjects: list[Subject] = []
     skipped: list[Skipped] = []
     for name, (letter, bundle) in itertools.product(dict.fromkeys(names), bundles):
@@ -293,8 +295,9 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
                 raise BenchError(f"{name}: {reason}", EXIT_BAD_INPUT)
             skipped.append(Skipped(backend=name, reason=reason))
             continue
-        subjects.append(Subject(backend, bundle, letter, folded=True in kinds))
-        if plan.control and first and kinds == {True, False}:
+        folded = True in kinds and not backend.reference
+        subjects.append(Subject(backend, bundle, letter, folded))
+        if name in plan.control and first and folded and False in kinds:
             subjects.append(Subject(backend, bundle, letter, folded=False, control=True))
     if plan.control and not any(subject.control for subject in subjects):
         chosen = ", ".join(names)
@@ -304,6 +307,10 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
             EXIT_USAGE,
         )
     return subjects, skipped
+
+
+def _is_on(name: str, device: Device | None) -> bool:
+    return device is None or find_backend(name).device == device
 
 
 @contextmanager
@@ -459,6 +466,7 @@ def _turn(lane: Lane, batch_size: int, round_: int, position: int, block_s: floa
             started_at_monotonic_ns=block.started_at_monotonic_ns,
             durations_ns=block.durations_ns,
             energy_j=block.energy_j,
+            gpu_durations_ns=block.gpu_durations_ns,
             quiet_after_s=measured.quiet_after_s,
         )
         for block in measured.blocks

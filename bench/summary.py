@@ -61,6 +61,10 @@ def _row(samples: Sequence[Sample], subject: SubjectResult, batch_size: int) -> 
         end_to_end_throughput_images_per_s=whole,
         device_resident_latency_ms=_percentiles(samples, subject.label, batch_size, "device_resident"),
         end_to_end_latency_ms=_percentiles(samples, subject.label, batch_size, "end_to_end"),
+        gpu_latency_p50_ms=percentile_ms(
+            [duration for sample in samples if sample.batch_size == batch_size for duration in sample.gpu_durations_ns],
+            50,
+        ),
         verdict="stable" if device.stable and whole.stable else "unstable",
         timer_share_percent=None if timer is None else 100 * timer * 1e-9 * device.median / batch_size,
         energy_per_image_j=_energy_per_image(samples, batch_size),

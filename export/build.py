@@ -153,6 +153,7 @@ def _write_files(
     names = material.input.name, material.output.name
     folded_program = export_program(folded, (example,), ({0: torch.export.Dim("batch")},))
     pt2.write(program, folder / "model.unfolded.pt2")
+    pt2.write(folded_program, folder / "model.pt2")
     opset = onnx_file.write(folded_program, folder / "model.onnx", *names, optimize=True)
     # torch's own optimiser would fold what it can, and the control would be none.
     onnx_file.write(program, folder / "model.unfolded.onnx", *names, optimize=False)
@@ -169,6 +170,7 @@ def _write_files(
         entry("model.unfolded.onnx", "onnx", False, opset),
         entry("model.ts", "torchscript", True),
         entry("model.unfolded.ts", "torchscript", False),
+        entry("model.pt2", "pt2", True),
         entry("model.unfolded.pt2", "pt2", False),
     ]
 
@@ -181,7 +183,7 @@ def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs:
     modules = {"onnx": onnx_file, "torchscript": torchscript, "pt2": pt2}
     tolerances: Tolerances | None = None
     # The reference first: its error is the unit that the others are measured in.
-    for entry in sorted(entries, key=lambda entry: entry.format != "pt2"):
+    for entry in sorted(entries, key=lambda entry: (entry.format != "pt2", entry.folded)):
         path, module = folder / entry.path, modules[entry.format]
         if entry.folded and module.batchnorms(path) != kept:
             raise ExportRefused(

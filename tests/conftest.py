@@ -17,6 +17,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--bundle`: for who has one already, and time for nothing but the tests."""
+    parser.addoption("--bundle", type=Path, help="the real bundle that tests use. Default: one of a short training")
+
+
 def pytest_benchmark_generate_machine_info() -> dict[str, str]:
     """What pytest-benchmark stores with a run: by what `bench compare` knows a machine, and not its clock just now."""
     from bench.environment import describe, fingerprint, usable_cpus
@@ -67,10 +72,14 @@ def training_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def bundle_dir(training_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle, exported from `training_dir`."""
+def bundle_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle: the one that `--bundle` names, else exported from `training_dir`."""
+    given: Path | None = request.config.getoption("--bundle")
+    if given is not None:
+        return given.resolve()
+    training, data = request.getfixturevalue("training_dir"), request.getfixturevalue("data_dir")
     folder = tmp_path_factory.mktemp("bundles") / "article"
-    command = [sys.executable, "-m", "export", "--checkpoint", str(training_dir / "checkpoint.safetensors")]
-    command += ["--out", str(folder), "--data-dir", str(data_dir)]
+    command = [sys.executable, "-m", "export", "--checkpoint", str(training / "checkpoint.safetensors")]
+    command += ["--out", str(folder), "--data-dir", str(data)]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return folder

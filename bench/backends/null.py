@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 from bench.backend import Backend, Device, Options, Placement, Setting
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from export.bundle import Bundle, Format
@@ -23,6 +25,7 @@ class Null:
     name: ClassVar[str] = "null"
     device: ClassVar[Device] = "none"
     format: ClassVar[Format | None] = None
+    reference: ClassVar[bool] = False
 
     def unavailable_reason(self) -> str | None:
         return None
@@ -51,6 +54,9 @@ class NullSession:
 
             zeros = self._zeros[len(output)] = np.zeros((len(output), *self._output_shape), np.float32)
         return zeros
+
+    def gpu_ns(self, call: Callable[[], object]) -> int | None:
+        return None
 
     def placement(self) -> Placement:
         return Placement(nodes={}, evidence="there is nothing to place")

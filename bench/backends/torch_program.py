@@ -1,10 +1,11 @@
 """torch, eagerly: the unfolded `torch.export` program, which is what a user would otherwise run, and so the reference.
 
-Owns loading that program on the CPU or a GPU. Knows nothing of other formats.
+Owns loading a program on the CPU or a GPU. Knows nothing of other formats.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,8 @@ from bench.backends.torch_runtime import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from export.bundle import Bundle, Format
 
 
@@ -27,6 +30,7 @@ class TorchProgram:
 
     device: TorchDevice
     format: ClassVar[Format | None] = "pt2"
+    reference: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -36,18 +40,33 @@ class TorchProgram:
         return torch_unavailable_reason(self.device)
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
-        import torch
-        from torch.export.passes import move_to_device_pass
-
         configure_torch(options)
-        program = torch.export.load(bundle.locate(bundle.entry("pt2", folded=options.folded)))
-        # `.to(device)` would move the weights only; this moves the constants and device arguments of the graph as well.
-        exported = move_to_device_pass(program, self.device).module(check_guards=False)
-        # The exported module checks its input at every call, which the user's own eager module would not do, and its
-        # `.eval()` raises; the same graph in a plain GraphModule does neither. Eval behaviour is fixed in the graph
-        # itself.
-        module = torch.fx.GraphModule(exported, exported.graph).eval()
-        return TorchSession(module, bundle, self.device, _placement(module, self.device), {})
+        module, placement = load_program(bundle, self.device, folded=options.folded)
+        return TorchSession(module, bundle, self.device, placement, {})
+
+
+def load_program(bundle: Bundle, device: TorchDevice, *, folded: bool) -> tuple[torch.fx.GraphModule, Placement]:
+    """The bundle's program as a module on `device`, and where its nodes and tensors are. Raises BundleError."""
+    import torch
+    from torch.export.passes import move_to_device_pass
+
+    program = read_program(bundle, folded=folded)
+    # `.to(device)` would move the weights only; this moves the constants and device arguments of the graph as well.
+    exported = move_to_device_pass(program, device).module(check_guards=False)
+    # The exported module checks its input at every call, which the user's own eager module would not do, and its
+    # `.eval()` raises; the same graph in a plain GraphModule does neither. Eval behaviour is fixed in the graph itself.
+    module = torch.fx.GraphModule(exported, exported.graph).eval()
+    return module, _placement(module, device)
+
+
+def read_program(bundle: Bundle, *, folded: bool) -> torch.export.ExportedProgram:
+    """The bundle's program, on the CPU. Raises BundleError."""
+    import torch
+
+    with warnings.catch_warnings():
+        # torch 2.11 says so of its own reading of the archive.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return torch.export.load(bundle.locate(bundle.entry("pt2", folded=folded)))
 
 
 def _placement(module: Any, device: TorchDevice) -> Placement:

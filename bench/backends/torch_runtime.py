@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from bench.backend import Options, Placement, Profile, Setting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
 
     from export.bundle import Bundle
 
 TorchDevice = Literal["cpu", "cuda"]
+
+CALLS_BEFORE_CAPTURE = 3
+T = TypeVar("T")
 
 
 def torch_unavailable_reason(device: TorchDevice) -> str | None:
@@ -104,7 +108,7 @@ def torch_settings(device: TorchDevice) -> dict[str, Setting]:
 
 
 class TorchInput:
-    """From raw host memory to the model's input on a device: the bundle's expression, step by step, in torch."""
+    """From raw input to the model's input on a device: the bundle's expression, step by step, in torch."""
 
     def __init__(self, bundle: Bundle, device: TorchDevice) -> None:
         import torch
@@ -122,23 +126,7 @@ class TorchInput:
         self._mean = torch.from_numpy(mean).to(self._device)
         self._std = torch.from_numpy(std).to(self._device)
 
-    def prepare(self, raw: np.ndarray) -> torch.Tensor:
-        """Raw [N, …] in host memory → float32 [N, *input.shape[1:]], contiguous and complete on the device.
-
-        The raw array is what crosses to the device (a quarter of the bytes where it is uint8).
-        """
-        moved = self._torch.from_numpy(raw).to(self._device)
-        shaped = moved.reshape(len(raw), *self._sizes(raw)).to(self._torch.float32)
-        ready = (shaped * self._scale - self._mean) / self._std
-        self.synchronise()
-        return ready
-
-    def synchronise(self) -> None:
-        """Wait until the device has done all that was asked of it; on the CPU torch has already waited."""
-        if self._device.type == "cuda":
-            self._torch.cuda.synchronize(self._device)
-
-    def _sizes(self, raw: np.ndarray) -> tuple[int, ...]:
+    def sizes(self, raw: np.ndarray) -> tuple[int, ...]:
         """The model's input shape without the batch, as the bundle's own NumPy reference resolves it for such a raw
         array.
         """
@@ -146,6 +134,136 @@ class TorchInput:
         if key not in self._shapes:
             self._shapes[key] = self._preprocessing.apply(raw[:1], self._input_shape).shape[1:]
         return self._shapes[key]
+
+    def preprocess(self, raw: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+        """Raw [N, …] on the device → float32 [N, *sizes], contiguous."""
+        shaped = raw.reshape(len(raw), *sizes).to(self._torch.float32)
+        return (shaped * self._scale - self._mean) / self._std
+
+
+class CpuMemory:
+    """The way of an image to a model on the CPU, and of its logits back: host memory all along."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._input = TorchInput(bundle, "cpu")
+
+    def prepare(self, raw: np.ndarray) -> torch.Tensor:
+        """Raw [N, …] → float32 [N, *input.shape[1:]]."""
+        return self._input.preprocess(self._input._torch.from_numpy(raw), self._input.sizes(raw))
+
+    def complete(self, call: Callable[[], T]) -> T:
+        """What `call` returns: the CPU has done it by then."""
+        return call()
+
+    def fetch(self, output: torch.Tensor) -> np.ndarray:
+        """Logits → float32 [N, classes]."""
+        logits: np.ndarray = output.to(self._input._torch.float32).numpy()
+        return logits
+
+    def gpu_ns(self, call: Callable[[], object]) -> int | None:
+        """None: there is no clock but the host's."""
+        return None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The memory that images of one shape pass through: `staging` is pinned, the others are on the GPU.
+
+    `preprocess` is the captured graph that makes `prepared` of `raw`.
+    """
+
+    staging: torch.Tensor
+    raw: torch.Tensor
+    prepared: torch.Tensor
+    preprocess: torch.cuda.CUDAGraph
+
+
+class GpuMemory:
+    """The way of an image to a model on the GPU, and of its logits back, on one stream.
+
+    Every shape has memory of its own, allocated when it is first seen and used again ever after: what a server does,
+    and what a captured graph needs, since it reads and writes the same addresses at every replay. Raw pixels cross to
+    the GPU from pinned memory (a quarter of the bytes where they are uint8) and are preprocessed there by one replay.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        import torch
+
+        self._torch = torch
+        self._input = TorchInput(bundle, "cuda")
+        self._slots: dict[tuple[tuple[int, ...], np.dtype[Any]], Slot] = {}
+        self._pinned: dict[tuple[int, ...], torch.Tensor] = {}
+        torch.cuda.synchronize()  # the constants above were made on another stream
+        self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def prepare(self, raw: np.ndarray) -> torch.Tensor:
+        """Raw [N, …] in host memory → float32 [N, *input.shape[1:]] on the GPU, queued on the stream.
+
+        The same tensor for every raw array of a shape.
+        """
+        torch = self._torch
+        key = raw.shape, raw.dtype
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            slot = self._slots.get(key)
+            if slot is None:
+                slot = self._slots[key] = self._slot(raw)
+            self.stream.synchronize()  # a copy from `staging` may still be under way
+            slot.staging.copy_(torch.from_numpy(raw))
+            slot.raw.copy_(slot.staging, non_blocking=True)
+            slot.preprocess.replay()
+        return slot.prepared
+
+    def complete(self, call: Callable[[], T]) -> T:
+        """What `call` returns, when all that it asked of the GPU is done."""
+        with self._torch.cuda.stream(self.stream):
+            output = call()
+        self.stream.synchronize()
+        return output
+
+    def fetch(self, output: torch.Tensor) -> np.ndarray:
+        """Logits on the GPU → float32 [N, classes] in host memory."""
+        torch = self._torch
+        pinned = self._pinned.get(key := tuple(output.shape))
+        if pinned is None:
+            pinned = self._pinned[key] = torch.empty(key, dtype=torch.float32, pin_memory=True)
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            pinned.copy_(output, non_blocking=True)
+            self.stream.synchronize()
+        return pinned.numpy().copy()  # the next call of this shape writes to `pinned`
+
+    def gpu_ns(self, call: Callable[[], object]) -> int | None:
+        """What `call` takes by the GPU's own clock, from before its first kernel to after its last."""
+        event: Any = self._torch.cuda.Event
+        before, after = event(enable_timing=True), event(enable_timing=True)
+        before.record(self.stream)
+        call()
+        after.record(self.stream)
+        after.synchronize()
+        return int(before.elapsed_time(after) * 1e6)
+
+    def captured(self, call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """A graph that does what `call` does at every replay, and the tensor that its result is written to.
+
+        Before it is captured it runs a few times: libraries allocate, search for algorithms and compile at first.
+        PyTorch documentation, "CUDA Graphs".
+        """
+        torch = self._torch
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            for _ in range(CALLS_BEFORE_CAPTURE):
+                call()
+            self.stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                output = call()
+        return graph, output
+
+    def _slot(self, raw: np.ndarray) -> Slot:
+        torch = self._torch
+        staging = torch.empty_like(torch.from_numpy(raw), pin_memory=True)
+        on_gpu = torch.zeros_like(staging, device="cuda")
+        sizes = self._input.sizes(raw)
+        graph, prepared = self.captured(lambda: self._input.preprocess(on_gpu, sizes))
+        return Slot(staging, on_gpu, prepared, graph)
 
 
 class TorchSession:
@@ -165,23 +283,24 @@ class TorchSession:
 
         self._inference_mode = torch.inference_mode
         self._module = module
-        self._input = TorchInput(bundle, device)
+        self._memory = GpuMemory(bundle) if device == "cuda" else CpuMemory(bundle)
         self._placement = placement
         self._settings = torch_settings(device) | settings
 
     def prepare(self, raw: np.ndarray) -> torch.Tensor:
         with self._inference_mode():
-            return self._input.prepare(raw)
+            return self._memory.prepare(raw)
 
     def run(self, prepared: torch.Tensor) -> torch.Tensor:
         with self._inference_mode():
-            output: torch.Tensor = self._module(prepared)
-        self._input.synchronise()
+            output: torch.Tensor = self._memory.complete(lambda: self._module(prepared))
         return output
 
     def fetch(self, output: torch.Tensor) -> np.ndarray:
-        logits: np.ndarray = output.to("cpu", dtype=self._input._torch.float32).numpy()
-        return logits
+        return self._memory.fetch(output)
+
+    def gpu_ns(self, call: Callable[[], object]) -> int | None:
+        return self._memory.gpu_ns(call)
 
     def placement(self) -> Placement:
         return self._placement

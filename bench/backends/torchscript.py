@@ -33,6 +33,7 @@ class TorchScript:
 
     device: TorchDevice
     format: ClassVar[Format | None] = "torchscript"
+    reference: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -55,7 +56,8 @@ class TorchScript:
         path = bundle.locate(bundle.entry("torchscript", folded=options.folded))
         load: Any = torch.jit.load
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the deprecation that the module docstring names
+            for kind in (FutureWarning, DeprecationWarning):  # what the module docstring says; which kind depends
+                warnings.simplefilter("ignore", kind)
             module = load(str(path), map_location=self.device).eval()
         return TorchSession(
             module, bundle, self.device, _placement(module, self.device), {"optimised_for_inference": False}

@@ -21,7 +21,7 @@ def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     """Trace `module` on `example` [batch, …] and save it. Nothing is frozen or folded by TorchScript itself."""
     traced_from = _sizes_as_methods(module) if isinstance(module, fx.GraphModule) else module
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; the format is still asked for
+        _ignore_deprecation()
         warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
         torch.jit.trace(traced_from, example, check_trace=False).save(str(path))  # type: ignore[no-untyped-call]
 
@@ -44,9 +44,15 @@ def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def _load(path: Path) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        _ignore_deprecation()
         module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     return module
+
+
+def _ignore_deprecation() -> None:
+    """torch.jit is deprecated, and the format still asked for. Which kind of warning says so depends on the version."""
+    for kind in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", kind)
 
 
 def _sizes_as_methods(module: fx.GraphModule) -> fx.GraphModule:

@@ -21,7 +21,7 @@ TamperedBundle = Callable[..., Path]
 def faulty_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers the misbehaving backends under their names in lower case; worker processes find them too."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    faults = ("crashing", "hanging", "raising", "transposed", "unavailable", "unloadable", "dying", "lying")
+    faults = ("crashing", "hanging", "hungry", "raising", "transposed", "unavailable", "unloadable", "dying", "lying")
     for name in faults:
         monkeypatch.setitem(BACKENDS, name, f"faulty_backends:{name.upper()}")
 
@@ -73,7 +73,7 @@ def result(small_bundle: Path) -> Result:
         Plan(
             bundles=(small_bundle,),
             backends=("onnx-cpu", "null"),
-            control=True,
+            control=("onnx-cpu",),
             batch_sizes=(1, 8),
             rounds=7,
             block_s=0.002,

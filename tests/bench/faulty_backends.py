@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bench.backend import Options, Placement, Session, Setting
-from bench.backends.onnx import CPU, Onnx
+from bench.backends.onnx import CPU, CpuSession, Onnx, open_session, read_placement
 from export.bundle import Bundle
 
 
@@ -22,6 +23,7 @@ class Faulty:
     name: str
     device: str = "cpu"
     format: str = "onnx"
+    reference: bool = False
     reason: str | None = None
 
     def unavailable_reason(self) -> str | None:
@@ -46,12 +48,19 @@ class FaultySession:
             os.kill(os.getpid(), signal.SIGABRT)
         if self._fault == "hanging":
             time.sleep(600)
+        if self._fault == "hungry":
+            import torch
+
+            torch.empty(2**40, device="cuda")
         if self._fault == "raising":
             raise RuntimeError("no kernel for this operator")
         return self._session.run(prepared)
 
     def fetch(self, output: Any) -> np.ndarray:
         return self._session.fetch(output)
+
+    def gpu_ns(self, call: Callable[[], object]) -> int | None:
+        return self._session.gpu_ns(call)
 
     def placement(self) -> Placement:
         return self._session.placement()
@@ -74,7 +83,7 @@ class DyingAtLoad(Faulty):
 
 
 class Lying(Onnx):
-    """onnx-cuda that says it is available, as onnxruntime's own list of providers does."""
+    """onnx-cuda that says it is available, as onnxruntime's own list of providers does, and runs what it was given."""
 
     @property
     def name(self) -> str:
@@ -83,10 +92,16 @@ class Lying(Onnx):
     def unavailable_reason(self) -> str | None:
         return None
 
+    def load(self, bundle: Bundle, options: Options) -> Session:
+        path = bundle.locate(bundle.entry("onnx", folded=options.folded))
+        session = open_session(str(path), "cuda", options)
+        return CpuSession(session, bundle, read_placement(session, "cuda", path), {})
+
 
 CRASHING = Faulty("crashing")
 HANGING = Faulty("hanging")
 RAISING = Faulty("raising")
+HUNGRY = Faulty("hungry")
 TRANSPOSED = Faulty("transposed")
 UNAVAILABLE = Faulty("unavailable", reason="there is no such accelerator. Plug one in.")
 UNLOADABLE = Unloadable("unloadable")

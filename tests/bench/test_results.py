@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.errors import EXIT_BAD_INPUT, BenchError
-from bench.results import SCHEMA_VERSION, Result, check_writable, read_result, write_result
+from bench.results import SCHEMA_VERSION, Result, check_writable, indented_json, read_result, write_result
 
 UNITS = (
     "seconds",
@@ -40,6 +40,41 @@ def test_a_round_trip_changes_nothing(result: Result, tmp_path: Path) -> None:
     assert Result.model_validate_json(path.read_bytes()) == result
     assert leftovers(tmp_path) == ["result.json"]
     assert not path.stat().st_mode & stat.S_IXUSR
+
+
+def test_a_list_of_numbers_stands_on_one_line(result: Result, tmp_path: Path) -> None:
+    """Each duration had a line of its own once: 195,000 lines for one file."""
+    path = tmp_path / "result.json"
+    write_result(result, path)
+    lines = path.read_text().splitlines()
+    durations = [line for line in lines if '"durations_ns"' in line]
+    assert len(durations) == len(result.samples)
+    first = durations[0].strip()
+    assert first == f'"durations_ns": {json.dumps(result.samples[0].durations_ns, separators=(",", ":"))},'
+    assert len(lines) < 60 * len(result.samples)
+    assert json.loads(path.read_text()) == json.loads(result.model_dump_json())
+
+
+def test_a_file_with_a_line_for_each_number_is_read_too(result: Result, tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(result.model_dump_json(indent=1))
+    assert read_result(path) == result
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({}, "{}"),
+        ([], "[]"),
+        ([1, 2.5], "[1,2.5]"),
+        ([[1], []], "[\n [1],\n []\n]"),
+        ({"a": {"b": [1, None]}}, '{\n "a": {\n  "b": [\n   1,\n   null\n  ]\n }\n}'),
+        ({"µs": "×"}, '{\n "µs": "×"\n}'),
+    ],
+)
+def test_the_form_of_the_file(value: object, text: str) -> None:
+    assert indented_json(value) == text
+    assert json.loads(text) == value
 
 
 def test_an_unknown_field_or_version_is_refused(result: Result) -> None:
@@ -154,6 +189,8 @@ def spoilt(kind: str, result: Result, path: Path) -> Path:
             path.write_text('{"name": "article"}')
         case "a scenario":
             path.write_text('{"schema_version": 1, "kind": "scenario"}')
+        case "a suite":
+            path.write_text('{"schema_version": 1, "kind": "suite"}')
         case "another version":
             path.write_text(json.dumps(fields | {"schema_version": 17}))
         case "a field is missing":
@@ -172,6 +209,7 @@ def spoilt(kind: str, result: Result, path: Path) -> Path:
         ("a list", "no result: it has no schema_version"),
         ("another file", "no result: it has no schema_version"),
         ("a scenario", "found in a scenario: it has no rounds.*without --scenario"),
+        ("a suite", "is a suite of several runs: bench report shows it"),
         ("another version", f"has schema version 17; this bench reads version {SCHEMA_VERSION}"),
         ("a field is missing", "is not a whole result: settings.threads: Field required"),
     ],

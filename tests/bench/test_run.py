@@ -189,7 +189,7 @@ def test_a_bundle_without_a_format(plan: MakePlan, tampered: Callable[..., Path]
 
 def test_a_control_of_nothing_is_refused(plan: MakePlan, small_bundle: Path) -> None:
     with pytest.raises(BenchError, match="none of the chosen backends") as caught:
-        select([(None, Bundle.open(small_bundle))], plan(backends=("torch-cpu",), control=True))
+        select([(None, Bundle.open(small_bundle))], plan(backends=("torch-cpu",), control=("torch-cpu",)))
     assert caught.value.exit_code == EXIT_USAGE
 
 

@@ -21,7 +21,7 @@ class Shifted(torch.nn.Module):
 
 def traced(freeze: bool) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         module = torch.jit.trace(Shifted().eval(), torch.zeros(4, 3))
         return torch.jit.freeze(module) if freeze else module
 

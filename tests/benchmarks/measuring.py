@@ -75,6 +75,7 @@ class Slowed:
     name: str = SLOWED
     device: str = "cpu"
     format: str = "onnx"
+    reference: bool = False
 
     def unavailable_reason(self) -> str | None:
         return resolve(BACKENDS["onnx-cpu"]).unavailable_reason()

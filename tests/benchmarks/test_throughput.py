@@ -1,7 +1,7 @@
 """Throughput of every available backend, end to end, for pytest-benchmark to store and compare.
 
-`pytest --benchmark-only` runs these; a plain `pytest` skips them. The bundle is the one in `artifacts/`, if it was
-exported, else the shortly trained one of the tests: time doesn't depend on the weights.
+`pytest --benchmark-only` runs these; a plain `pytest` skips them. The bundle is the one that `--bundle` names, else the
+one in `artifacts/`, if it was exported, else the shortly trained one of the tests: time doesn't depend on the weights.
 
 What is timed ends with the logits in host memory, so that on CUDA too the clock stops when the result is there: `run`
 returns when it exists on the device (see `bench.backend.Session`), and `fetch` copies it.
@@ -27,7 +27,7 @@ DEFAULT_BUNDLE = Path(__file__).parents[2] / "artifacts" / "bundles" / "article"
 
 @pytest.fixture(scope="module")
 def bundle(request: pytest.FixtureRequest) -> Bundle:
-    exported = (DEFAULT_BUNDLE / "bundle.json").exists()
+    exported = (DEFAULT_BUNDLE / "bundle.json").exists() and request.config.getoption("--bundle") is None
     return Bundle.open(DEFAULT_BUNDLE if exported else request.getfixturevalue("bundle_dir"))
 
 
@@ -41,7 +41,8 @@ def test_throughput(name: str, batch_size: int, bundle: Bundle, benchmark: Bench
     kinds = {file.folded for file in bundle.manifest.files if file.format == backend.format}
     if not kinds:
         pytest.skip(f"the bundle has no {backend.format} file")
-    session = backend.load(bundle, Options(threads=usable_cpus(), folded=True in kinds))
+    folded = True in kinds and not backend.reference
+    session = backend.load(bundle, Options(threads=usable_cpus(), folded=folded))
     assert not session.placement().stray
     images = bundle.oracle().raw
     raw = images[np.arange(batch_size) % len(images)]
