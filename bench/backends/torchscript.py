@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement
+from bench.backend import Backend, Options, Placement, Setting
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import torch
 
     from export.bundle import Bundle, Format
+
+
+# The place of `allow_tf32` among the inputs of aten::_convolution (ATen/native/native_functions.yaml).
+ALLOW_TF32 = 12
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,22 @@ class TorchScript:
             for kind in (FutureWarning, DeprecationWarning):  # what the module docstring says; which kind depends
                 warnings.simplefilter("ignore", kind)
             module = load(str(path), map_location=self.device).eval()
-        return TorchSession(
-            module, bundle, self.device, _placement(module, self.device), {"optimised_for_inference": False}
-        )
+        settings: dict[str, Setting] = {"optimised_for_inference": False}
+        if (tf32 := convolutions_allow_tf32(module)) is not None:
+            settings["file_allows_tf32_in_convolutions"] = tf32
+        return TorchSession(module, bundle, self.device, _placement(module, self.device), settings)
+
+
+def convolutions_allow_tf32(module: Any) -> bool | None:
+    """Whether any convolution of the file may use TF32 on a GPU: fixed when it was traced, whatever the profile says.
+
+    None where no convolution says, as in a scripted module: there torch's own switch decides.
+    """
+    graph = module.inlined_graph  # its nodes live as long as it does
+    convolutions = [node for node in _nodes(graph) if node.kind() == "aten::_convolution"]
+    inputs = [list(node.inputs()) for node in convolutions]
+    said = [values[ALLOW_TF32].toIValue() for values in inputs if len(values) > ALLOW_TF32]
+    return any(said) if said else None
 
 
 def _placement(module: Any, device: TorchDevice) -> Placement:

@@ -6,8 +6,9 @@ optimising executor off. Knows nothing of folding.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,13 @@ aten = torch.ops.aten
 
 
 def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
-    """Trace `module` on `example` [batch, …] and save it. Nothing is frozen or folded by TorchScript itself."""
+    """Trace `module` on `example` [batch, …] and save it. Nothing is frozen or folded by TorchScript itself.
+
+    A trace fixes for good whether a convolution may use TF32 on a GPU, from what the process allows at that moment, and
+    torch allows it by default. Here it may not: the file is float32, wherever it runs.
+    """
     traced_from = _sizes_as_methods(module) if isinstance(module, fx.GraphModule) else module
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _without_tf32():
         _ignore_deprecation()
         warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
         torch.jit.trace(traced_from, example, check_trace=False).save(str(path))  # type: ignore[no-untyped-call]
@@ -47,6 +52,16 @@ def _load(path: Path) -> torch.jit.ScriptModule:
         _ignore_deprecation()
         module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     return module
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _ignore_deprecation() -> None:

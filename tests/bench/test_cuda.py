@@ -53,7 +53,7 @@ def test_strict_is_float32_and_fast_stays_within_its_band(name: str, bundle: Bun
     errors = {}
     for profile in Profile:
         session = load(name, bundle, profile=profile)
-        verdict = judge(logits_of(session, bundle), bundle.oracle(), bundle.manifest.tolerances, profile)
+        verdict = judge(logits_of(session, bundle, 192), bundle.oracle(), bundle.manifest.tolerances, profile)
         assert verdict.passed, verdict.failures
         errors[profile] = verdict.rms_error_in_float32_errors
         session.close()

@@ -7,7 +7,7 @@ import pytest
 from bench.backend import Device
 from bench.measure import Timing
 from bench.results import Sample, SubjectResult
-from bench.summary import LETTER_SIGN, ratios, rows, slower
+from bench.summary import CONFIRMED_ROUNDS, LETTER_SIGN, decided, ratios, rows, slower
 
 
 def sample(subject: str, round_: int, milliseconds: list[float], timing: Timing, batch_size: int = 4) -> Sample:
@@ -104,6 +104,29 @@ def test_slower_is_what_lies_wholly_below_the_threshold() -> None:
     found = ratios(samples, subjects)
     assert [(r.numerator, r.timing) for r in slower(found, 5)] == [("x@C", "device_resident")]
     assert not slower(found, 20), "10/12 is above 1 - 20 %"
+
+
+@pytest.mark.parametrize(
+    ("b_ms", "rounds", "want"),
+    [
+        (10.0, 6, True),  # as fast: known at once
+        (12.0, 6, False),  # slower, but so is what a short disturbance makes of it
+        (12.0, CONFIRMED_ROUNDS, True),
+        (10.0, 5, False),  # no interval yet
+    ],
+)
+def test_slower_is_only_decided_when_it_has_lasted(b_ms: float, rounds: int, want: bool) -> None:
+    samples = [s for r in range(rounds) for s in (*both("x@A", r, [10.0], [10.0]), *both("x@B", r, [b_ms], [10.0]))]
+    assert decided(samples, [subject(f"x@{letter}", "cpu", letter) for letter in "AB"], 0.95) is want
+
+
+def test_energy_is_left_out_where_the_counter_is_too_coarse() -> None:
+    long = [sample("a", r, [500.0], "device_resident").model_copy(update={"energy_j": {"gpu": 20.0}}) for r in range(4)]
+    whole = [sample("a", r, [500.0], "end_to_end") for r in range(4)]
+    (row,) = rows(long + whole, [subject("a", "cuda")])
+    assert row.energy_per_image_j == {"gpu": 5.0}
+    (row,) = rows(long[:3] + whole, [subject("a", "cuda")])
+    assert row.energy_per_image_j == {}
 
 
 def test_a_round_that_only_one_of_two_finished_is_left_out() -> None:
