@@ -1,35 +1,33 @@
-"""`python -m trainer`: train, or look at the data.
+"""`python -m trainer`: train, measure a recipe, or look at the data.
 
-Owns the command line, what is printed and where files go. Knows nothing of how a step works. torch is imported only
-once there is something to train.
+Owns the command line and where files go by default. Knows nothing of how a step works. torch is imported only once
+there is something to train.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import platform
-import signal
-import sys
-from collections.abc import Callable, Iterator
+import time
 from enum import StrEnum
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, UserError, run_app
-from trainer.provenance import git_commit
-from trainer.recipes import DEFAULT_RECIPE, RECIPES, Recipe
+from trainer.errors import ENDED, EXIT_NEGATIVE, Interrupted, UserError, run_app
+from trainer.folder import Request, fill
+from trainer.provenance import seconds_since_process_start
+from trainer.publish import replace_file
+from trainer.recipes import DEFAULT_RECIPE, RECIPES, Settings
 
 if TYPE_CHECKING:
-    from trainer.train import Evaluation, Interrupted, Trained
+    from trainer.measure import Seed
 
 TRAINING_DIR = Path("artifacts/training")
 DATA_FIGURE = Path("artifacts/data/digits.png")
 DATA_DIR = Path("data")
+MOST_HELD_OUT = 50_000
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -60,27 +58,78 @@ def _known_recipe(name: str) -> str:
     return name
 
 
+RecipeOption = Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.", callback=_known_recipe)]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where it is usable.")]
+PrecisionOption = Annotated[Precision, typer.Option(help="What the network computes in.")]
+IterationsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the recipe's")]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Times through the data.", show_default="the recipe's")]
+SEED_LIMIT = 2**63 - 1
+
+
 @app.callback(invoke_without_command=True)
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str, typer.Option(help=f"One of: {', '.join(RECIPES)}.", callback=_known_recipe)
-    ] = DEFAULT_RECIPE,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same machine: same bits (CPU).")] = 0,
-    device: Annotated[Device, typer.Option(help="auto takes CUDA where it is usable.")] = Device.AUTO,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the recipe's")] = None,
-    precision: Annotated[Precision, typer.Option(help="What the network computes in.")] = Precision.FLOAT32,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT, help="Same seed, same machine: same bits (CPU).")] = 0,
+    device: DeviceOption = Device.AUTO,
+    epochs: EpochsOption = None,
+    iterations: IterationsOption = None,
+    precision: PrecisionOption = Precision.FLOAT32,
+    validation: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_HELD_OUT,
+            help="Hold out so many training images, always the same; evaluate on them, and on the test images once.",
+        ),
+    ] = 0,
+    early_stop: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after so many evaluations without a new best, and keep the best weights."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save, to the same bits.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds from one save to the next.")] = 30.0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events at the end.")] = False,
     out: Annotated[Path | None, typer.Option(help="Training folder.", show_default=f"{TRAINING_DIR}/<recipe>")] = None,
     data_dir: Annotated[Path, typer.Option(help="Where MNIST is, or is put.")] = DATA_DIR,
 ) -> None:
     """Train the article's network on MNIST and save checkpoint, history and figures.
 
-    Without a command this trains; `data` looks at the data instead.
+    Without a command this trains. While it does, it is saved to FOLDER.unfinished.safetensors now and then, and when it
+    is interrupted; the same command with --resume goes on from there.
     """
     if context.invoked_subcommand is not None:
+        _refuse_options_before_a_command(context)
         context.obj = data_dir
         return
-    _train(RECIPES[recipe], seed, device, iterations, precision, out or TRAINING_DIR / recipe, data_dir)
+    settings = _settings(recipe, seed, precision, epochs, iterations, validation, early_stop)
+    folder = out or TRAINING_DIR / recipe
+    fill(Request(settings, device, folder, data_dir, save_every, resume, tensorboard))
+
+
+@app.command()
+def measure(
+    context: typer.Context,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings.")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT, help="The seed of the first.")] = 0,
+    target: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Test this mean top-1, in percent: exit code 1 if missed.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    epochs: EpochsOption = None,
+    iterations: IterationsOption = None,
+    precision: PrecisionOption = Precision.FLOAT32,
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON file.", show_default=f"{TRAINING_DIR}/measure-<recipe>.json")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where MNIST is, or is put.", show_default=str(DATA_DIR))
+    ] = None,
+) -> None:
+    """Train a recipe with several seeds: mean and deviation of the test accuracy, and where the time goes."""
+    settings = _settings(recipe, first_seed, precision, epochs, iterations, 0, None)
+    _measure(settings, seeds, target, device, out or TRAINING_DIR / f"measure-{recipe}.json", data_dir or context.obj)
 
 
 @app.command()
@@ -117,144 +166,83 @@ def data(
     print(f"the first {figures.DIGITS} training digits, from index 0 (the article's listing starts at 1): {out}")
 
 
-def _train(
-    recipe: Recipe, seed: int, device: str, iterations: int | None, precision: str, out: Path, data_dir: Path
-) -> None:
-    from trainer import checkpoint, mnist
-    from trainer.publish import building
-
-    # First of all: a place that can't be written is told before the training, not after it.
-    with building(out, checkpoint.FILE_NAME) as folder:
-        try:
-            mnist_data = mnist.load(data_dir)
-
-            # Here, and not before: torch takes seconds to import.
-            from trainer import train as loop
-
-            chosen = loop.choose_device(device)
-            print(f"recipe {recipe.name} ({recipe.summary}), seed {seed}, {precision}, on {chosen}", flush=True)
-            try:
-                with _progress(recipe, iterations or recipe.iterations) as (note, stepped):
-                    trained = loop.train(
-                        recipe,
-                        mnist_data,
-                        seed=seed,
-                        device=chosen,
-                        iterations=iterations,
-                        precision=precision,
-                        watcher=loop.Watcher(note, stepped),
-                    )
-            except loop.Interrupted as interrupted:
-                raise _after_interrupt(interrupted, recipe, seed, precision, out) from None
-        except (KeyboardInterrupt, Terminated) as interrupt:
-            raise _nothing_saved(isinstance(interrupt, Terminated), out) from None
-        _write(folder, trained, recipe, seed, precision)
-        from trainer import figures
-
-        reached = f"{trained.history[-1].test_top1:.2f} % after {trained.steps} iterations"
-        figures.curves(trained.history, folder / "curves.png", f"{recipe.name}, seed {seed}, {precision}: {reached}")
-        figures.digits(mnist_data.train_images, mnist_data.train_labels, folder / "digits.png")
-    _print_result(trained, out)
+def _refuse_options_before_a_command(context: typer.Context) -> None:
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name != "data_dir" and source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{option} belongs to training; options of a command stand behind it.")
 
 
-def _print_result(trained: Trained, out: Path) -> None:
-    last = trained.history[-1]
-    best = max(trained.history, key=lambda evaluation: evaluation.test_top1)
-    compiling = f" and {trained.compile_seconds:.1f} s of compiling" if trained.compile_seconds else ""
+def _settings(
+    recipe: str,
+    seed: int,
+    precision: Precision,
+    epochs: int | None,
+    iterations: int | None,
+    validation: int,
+    early_stop: int | None,
+) -> Settings:
+    chosen = RECIPES[recipe]
+    if epochs is not None and iterations is not None:
+        raise typer.BadParameter("--epochs and --iterations both set the length: give one of them.")
+    if early_stop is not None and not validation:
+        raise typer.BadParameter(
+            "--early-stop needs images to go by that are neither trained on nor the test: add --validation 10000."
+        )
+    if early_stop is not None and chosen.evaluate_every is None:
+        raise typer.BadParameter(f"recipe {recipe} is evaluated once, at the end: --early-stop has nothing to go by.")
+    if epochs is not None:
+        chosen = dataclasses.replace(chosen, epochs=epochs)
+    return Settings(chosen, seed, precision.value, iterations, validation, early_stop)
+
+
+def _measure(settings: Settings, seeds: int, target: float | None, device: str, out: Path, data_dir: Path) -> None:
+    """Measure, print, and store after each seed; exit code 1 where the target is missed."""
+    began = time.perf_counter() - seconds_since_process_start()
+    from trainer import mnist
+
+    data = mnist.load(data_dir)
+    from trainer import train as loop
+    from trainer.measure import summary, trainings
+
+    chosen = loop.choose_device(device)
+    recipe = settings.recipe
+    print(f"recipe {recipe.name} ({recipe.summary}), {seeds} seeds, {settings.precision}, on {chosen}", flush=True)
+    measured: list[Seed] = []
+    try:
+        for seed, execution in trainings(settings, seeds, data, chosen, began, loop.Watcher(note=print)):
+            measured.append(seed)
+            _print_seed(seed)
+            found = summary(settings, measured, target, chosen, execution)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(out, (json.dumps(found, indent=1) + "\n").encode())
+    except Interrupted as interrupted:
+        what, code = ENDED[interrupted.terminated]
+        kept = f"the {len(measured)} before it are in {out}" if measured else "nothing was stored"
+        raise UserError(f"{what} in seed {settings.seed + len(measured)}: {kept}.", code) from None
+    except OSError as error:
+        raise UserError(f"can't write {out} ({error.strerror or error}). Name another file with --out.") from error
+
+    deviation = found["deviation_test_top1_percent"]
     print(
-        f"test top-1 {last.test_top1:.2f} % after {trained.steps} iterations; "
-        f"best {best.test_top1:.2f} % at iteration {best.iteration}; {trained.seconds:.1f} s of training{compiling}"
+        f"test top-1 {found['mean_test_top1_percent']:.3f} % on average"
+        + ("" if deviation is None else f" (deviation {deviation:.3f})")
+        + f"; {found['median_total_seconds']:.2f} s in all, {found['median_training_seconds']:.2f} s of them training "
+        f"(medians); stored in {out}"
     )
-    print(f"saved in {out}")
+    if target is not None:
+        reached = found["mean_test_top1_percent"] >= target
+        p = "" if found["p_value"] is None else f" (p = {found['p_value']:.2g} that the true mean is no higher)"
+        print(f"target {target:g} % {'reached' if reached else 'missed'}{p}")
+        if not reached:
+            raise typer.Exit(EXIT_NEGATIVE)
 
 
-def _nothing_saved(terminated: bool, out: Path) -> UserError:
-    what, code = _ENDED[terminated]
-    return UserError(f"{what} before the first iteration: nothing was saved, and {out} is as it was.", code)
-
-
-def _after_interrupt(interrupted: Interrupted, recipe: Recipe, seed: int, precision: str, out: Path) -> UserError:
-    """Save what an interrupted run has come to beside `out`, and make the paragraph that says so."""
-    from trainer.checkpoint import FILE_NAME
-    from trainer.publish import building
-
-    # An impatient second Ctrl-C, or the SIGTERM that nox sends after the first, must not spoil the saving: it is short.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    partial = interrupted.partial
-    if partial.steps == 0:
-        return _nothing_saved(interrupted.terminated, out)
-    kept = out.with_name(f"{out.name}.interrupted")
-    with building(kept, FILE_NAME) as folder:
-        _write(folder, partial, recipe, seed, precision)
-    what, code = _ENDED[interrupted.terminated]
-    return UserError(
-        f"{what} after {partial.steps} iterations: the weights and the history so far are in {kept}, and {out} is as "
-        "it was.",
-        code,
+def _print_seed(seed: Seed) -> None:
+    print(
+        f"seed {seed.seed:>3}   test top-1 {seed.test_top1_percent:.2f} %   {seed.total_seconds:.2f} s: "
+        f"{seed.setup_seconds:.2f} setting up, {seed.compile_seconds:.2f} compiling or capturing, "
+        f"{seed.training_seconds:.2f} training, {seed.evaluation_seconds:.2f} evaluating",
+        flush=True,
     )
-
-
-_ENDED = {False: ("interrupted", EXIT_INTERRUPTED), True: ("terminated", EXIT_TERMINATED)}
-
-
-def _write(folder: Path, trained: Trained, recipe: Recipe, seed: int, precision: str) -> None:
-    """Checkpoint and history; raises OSError."""
-    from trainer import checkpoint, mnist
-
-    evaluated = trained.history[-1] if trained.history else None
-    facts = checkpoint.CheckpointMetadata(
-        model="trainer.model:Net",
-        recipe=recipe.name,
-        seed=seed,
-        steps=trained.steps,
-        test_top1=evaluated.test_top1 if evaluated and evaluated.iteration == trained.steps else None,
-        precision=precision,
-        preprocessing=checkpoint.PixelScaling(scale=float(mnist.SCALE), mean=float(mnist.MEAN), std=float(mnist.STD)),
-        versions={"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("ninefold", "numpy", "torch")},
-        git_commit=git_commit(Path(__file__)),
-    )
-    checkpoint.save(folder / checkpoint.FILE_NAME, trained.weights, facts)
-    lines = (json.dumps(dataclasses.asdict(evaluation)) for evaluation in trained.history)
-    (folder / checkpoint.HISTORY_NAME).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _progress(
-    recipe: Recipe, iterations: int
-) -> Iterator[tuple[Callable[[str], None], Callable[[int, Evaluation | None], None]]]:
-    """Who tells the user of a run: a bar where stderr is a terminal, and every `print_every` iterations a line."""
-
-    def line(iteration: int, evaluation: Evaluation | None) -> None:
-        if evaluation and (iteration % recipe.print_every == 0 or iteration == iterations):
-            print(
-                f"iteration {iteration:>6}   loss {evaluation.loss:.4f}   test top-1 {evaluation.test_top1:.2f} %",
-                flush=True,
-            )
-
-    if not sys.stderr.isatty():
-        yield lambda sentence: print(sentence, flush=True), line
-        return
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  top-1 {task.fields[top1]}  {task.fields[speed]} images/s  left"),
-        TimeRemainingColumn(),
-    )
-    # rich would send what is printed to the bar's console, stderr: only where both are the one terminal is that right.
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-        task = bar.add_task("training", total=iterations, loss="-", top1="-", speed="-")
-
-        def stepped(iteration: int, evaluation: Evaluation | None) -> None:
-            bar.update(task, completed=iteration)
-            if evaluation:
-                speed = f"{iteration * recipe.batch_size / evaluation.seconds:,.0f}"
-                bar.update(task, loss=f"{evaluation.loss:.4f}", top1=f"{evaluation.test_top1:.2f} %", speed=speed)
-            line(iteration, evaluation)
-
-        yield lambda sentence: print(sentence, flush=True), stepped

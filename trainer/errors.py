@@ -35,6 +35,18 @@ class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt, it is no `Exception`, so that nothing swallows it."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM (`terminated`) ended a training after `steps` steps; `saved` is its last save's iteration."""
+
+    def __init__(self, steps: int, saved: int | None, terminated: bool) -> None:
+        super().__init__(f"interrupted after {steps} iterations")
+        self.steps, self.saved, self.terminated = steps, saved, terminated
+
+
+ENDED = {False: ("interrupted", EXIT_INTERRUPTED), True: ("terminated", EXIT_TERMINATED)}
+"""How a command that was ended says so, and its exit code, by whether it was SIGTERM."""
+
+
 class _App(Protocol):
     def __call__(self, *, prog_name: str) -> object: ...
 

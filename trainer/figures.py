@@ -16,18 +16,21 @@ _COLUMNS = 10
 
 
 class Point(Protocol):
-    """A point of the curves: an evaluation as `trainer.train` records it."""
+    """A point of the curves: an evaluation as `trainer.history` has it."""
 
     @property
     def iteration(self) -> int: ...
     @property
     def loss(self) -> float: ...
     @property
-    def test_top1(self) -> float: ...
+    def top1(self) -> float: ...
 
 
-def curves(history: Sequence[Point], path: Path, title: str) -> None:
-    """Training loss and test accuracy over the iterations. Raises OSError where `path` can't be written."""
+def curves(history: Sequence[Point], path: Path, title: str, evaluated: str = "test") -> None:
+    """Training loss and accuracy (of which images, `evaluated` says) over the iterations.
+
+    Raises OSError where `path` can't be written.
+    """
     from matplotlib.figure import Figure
 
     iterations = [point.iteration for point in history]
@@ -36,10 +39,11 @@ def curves(history: Sequence[Point], path: Path, title: str) -> None:
     figure.suptitle(title)
     upper.plot(iterations, [point.loss for point in history], color="tab:red", linewidth=1)
     upper.set(ylabel="training loss (one batch)", yscale="log")
-    lower.plot(iterations, [point.test_top1 for point in history], color="tab:blue", linewidth=1)
+    lower.plot(iterations, [point.top1 for point in history], color="tab:blue", linewidth=1)
     lower.axhline(99, color="grey", linewidth=0.8, linestyle="--")
     # The first evaluations lie far below: leaving them out of the picture shows the last points of a percent.
-    lower.set(ylabel="test top-1 (%)", xlabel="iteration", ylim=(min(96.0, max(p.test_top1 for p in history) - 1), 100))
+    lowest = min(96.0, max(point.top1 for point in history) - 1)
+    lower.set(ylabel=f"{evaluated} top-1 (%)", xlabel="iteration", ylim=(lowest, 100))
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")

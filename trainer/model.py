@@ -23,7 +23,7 @@ class Net(nn.Module):
     Source: the article's class `Net`, layer for layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.5) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(1, 5, 3, padding=1),
@@ -43,7 +43,7 @@ class Net(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(40 * 7 * 7, 200),
             nn.ReLU(),
-            nn.Dropout(0.5),
+            nn.Dropout(dropout),
             nn.Linear(200, 500),
             nn.ReLU(),
             nn.Linear(500, CLASSES),

@@ -1,11 +1,17 @@
-"""Which code made a file.
+"""Which code, on which machine, made a file.
 
-Owns asking git for the commit that a module was run from. Knows nothing of what was made.
+Owns asking git for the commit that a module was run from, the system for the machine, and the packages for their
+versions. Knows nothing of what was made. Importing this imports no torch.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
+import sys
+import time
+from importlib import metadata
 from pathlib import Path
 
 
@@ -21,3 +27,34 @@ def git_commit(tracked: Path) -> str | None:
         return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of Python and of those packages that are installed: a plain checkout of this one isn't."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def seconds_since_process_start() -> float:
+    """How long this process has been there, the interpreter's own start included."""
+    if sys.platform == "linux":
+        # psutil adds the time of the system's start, which the kernel tells in whole seconds: up to a second off.
+        after_the_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started = int(after_the_name[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    import psutil
+
+    return time.time() - psutil.Process().create_time()

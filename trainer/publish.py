@@ -1,6 +1,6 @@
-"""Publishing a folder: whole or not at all.
+"""Publishing a folder or a file: whole or not at all.
 
-Owns the atomic step by which a finished folder takes the place of an older one. Knows nothing of what is inside.
+Owns the atomic step by which a finished one takes the place of an older one. Knows nothing of what is inside.
 """
 
 from __future__ import annotations
@@ -53,6 +53,25 @@ def building(target: Path, marker: str) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_file(target: Path, content: bytes) -> None:
+    """Write a file in one atomic step: whenever the process is killed, what is there is the old one or the new one.
+
+    What a killed process leaves half-written has one name, which the next takes over. Raises OSError where the file
+    can't be written; the old one stays then.
+    """
+    unfinished = target.with_name(f".{target.name}.part")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync_entries(target.parent)
 
 
 @contextlib.contextmanager
@@ -118,8 +137,13 @@ def _swap_in(staging: Path, target: Path, marker: str) -> None:
             os.rename(aside, target)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+    _sync_entries(target.parent)
+
+
+def _sync_entries(folder: Path) -> None:
+    """Bring a folder's list of files to the disk; Windows has no handle for a folder."""
     if os.name != "nt":
-        descriptor = os.open(target.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors
 
-from trainer import checkpoint, cli, mnist
+from trainer import checkpoint, cli, mnist, recipes
 from trainer.errors import Terminated
 
 FILES = ["checkpoint.safetensors", "curves.png", "digits.png", "history.jsonl"]
@@ -115,7 +117,7 @@ def test_a_run_from_nothing(tmp_path: Path, data_dir: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupt_saves_what_there_is_and_leaves_what_was(
+def test_an_interrupt_saves_the_run_and_leaves_what_was(
     tmp_path: Path, data_dir: Path, number: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "article"
@@ -143,14 +145,103 @@ def test_an_interrupt_saves_what_there_is_and_leaves_what_was(
     assert training.returncode == code, stderr
     steps = int(re.search(r"after (\d+) iterations", stderr).group(1))  # type: ignore[union-attr]
     assert steps >= 5
-    kept = tmp_path / "article.interrupted"
+    kept = tmp_path / "article.unfinished.safetensors"
     assert str(kept) in stderr
+    assert "--resume" in stderr
     assert stderr.count("\n") == 1, "one paragraph"
     assert (out / checkpoint.FILE_NAME).read_bytes() == earlier
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["article", "article.interrupted"]
-    weights, facts = checkpoint.load(kept / checkpoint.FILE_NAME)
-    assert facts.steps == steps == int(weights["features.5.num_batches_tracked"])
-    assert len((kept / "history.jsonl").read_text().splitlines()) == steps // 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["article", kept.name]
+    assert f"goes on from iteration {steps}" in stderr
+    with safetensors.safe_open(kept, "np") as file:
+        assert int(file.get_tensor("model/features.5.num_batches_tracked")) == steps
+
+
+KILLED = """
+import os, signal, sys
+from trainer import cli
+replace, saves = os.replace, 0
+
+def kill_at_the_third(source, target):
+    global saves
+    saves += 1
+    if saves == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = kill_at_the_third
+cli.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+@pytest.mark.usefixtures("one_thread")
+def test_killed_and_resumed(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while it saves, just before the new save takes the place of the old one."""
+    given = ["--iterations", "4", "--data-dir", data_dir, "--save-every", "0"]
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    command_line = [str(argument) for argument in (*given, "--out", out)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command_line], env=ONE_THREAD, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    for name in tmp_path.glob(".killed.building-*"):
+        name.rmdir()  # it would be removed by a later run, after a minute
+
+    assert run(monkeypatch, *given, "--resume", "--seed", "1", "--out", out) == 4
+    assert "seed was 0 and is 1 now" in paragraph(capsys)
+    assert run(monkeypatch, *given, "--resume", "--out", out) == 0
+    assert "going on from iteration 2" in capsys.readouterr().out
+    assert run(monkeypatch, *given, "--out", whole) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+    assert (out / checkpoint.FILE_NAME).read_bytes() == (whole / checkpoint.FILE_NAME).read_bytes()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_validation_and_early_stopping(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learning_nothing = dataclasses.replace(recipes.ARTICLE, evaluate_every=1, learning_rate=0.0)
+    monkeypatch.setitem(recipes.RECIPES, "article", learning_nothing)
+    given = ["--early-stop", "2", "--iterations", "20", "--out", tmp_path / "run", "--data-dir", data_dir]
+    assert run(monkeypatch, *given, "--validation", "500") == 0
+    out = capsys.readouterr().out
+    assert "stopped early" in out
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [set(line) for line in history] == [{"iteration", "loss", "validation_top1", "seconds"}] * len(history)
+    facts = checkpoint.read_metadata(tmp_path / "run" / checkpoint.FILE_NAME)
+    assert f"test top-1 {facts.test_top1:.2f} % after {facts.steps} iterations" in out
+    best = max(history, key=lambda line: line["validation_top1"])
+    assert (facts.steps, len(history)) == (best["iteration"], best["iteration"] + 2)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_measuring_a_recipe(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learning = dataclasses.replace(recipes.ARTICLE, evaluate_every=None, learning_rate=1e-3)
+    monkeypatch.setitem(recipes.RECIPES, "fast", learning)
+    stored = tmp_path / "deep" / "fast.json"
+    given = ["measure", "--recipe", "fast", "--seeds", 2, "--first-seed", 3, "--iterations", 4, "--device", "cpu"]
+    assert run(monkeypatch, *given, "--target", 99, "--data-dir", data_dir, "--out", stored) == 1
+    out = capsys.readouterr().out
+    assert "target 99 % missed (p = " in out
+    found = json.loads(stored.read_text())
+    assert [seed["seed"] for seed in found["seeds"]] == [3, 4]
+    for seed in found["seeds"]:
+        parts = [seed[f"{part}_seconds"] for part in ("setup", "compile", "training", "evaluation")]
+        assert seed["total_seconds"] == pytest.approx(sum(parts))
+        assert min(parts[0], parts[2], parts[3]) > 0
+        assert f"seed {seed['seed']:>3}   test top-1 {seed['test_top1_percent']:.2f} %" in out
+    # This process has imported torch and run tests before: the first seed counts from its start.
+    assert found["seeds"][0]["setup_seconds"] > found["seeds"][1]["setup_seconds"]
+    top1 = [seed["test_top1_percent"] for seed in found["seeds"]]
+    assert found["mean_test_top1_percent"] == pytest.approx(sum(top1) / 2)
+    assert 0.9 < found["p_value"] <= 1
+    assert found["numbers"]["learning_rate"] == 1e-3
+    assert (found["device"], found["execution"], found["precision"]) == ("cpu", "eager", "float32")
+    assert run(monkeypatch, *given[:3], "--seeds", 1, "--iterations", 1, "--data-dir", data_dir, "--out", tmp_path) == 4
+    assert "--out" in paragraph(capsys)
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
@@ -234,6 +325,11 @@ def test_an_output_folder_that_cannot_be_made(
         (["--iterations", "0"], "--iterations"),
         (["--seed", "-1"], "--seed"),
         (["--no-such-option"], "--no-such-option"),
+        (["--early-stop", "3"], "--validation"),
+        (["--recipe", "fast", "--validation", "100", "--early-stop", "3"], "evaluated once"),
+        (["--epochs", "2", "--iterations", "3"], "--epochs"),
+        (["--recipe", "fast", "measure"], "--recipe"),
+        (["measure", "--recipe", "unheard-of"], "known: article"),
         (["no-such-command"], "no-such-command"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

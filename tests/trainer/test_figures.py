@@ -9,7 +9,7 @@ import pytest
 from matplotlib import image
 
 from trainer import figures
-from trainer.train import Evaluation
+from trainer.history import Evaluation
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -14,7 +14,7 @@ import pytest
 
 from trainer import publish
 from trainer.errors import UserError
-from trainer.publish import building
+from trainer.publish import building, replace_file
 
 
 def put(target: Path, text: str) -> None:
@@ -118,7 +118,7 @@ def test_a_killed_process_leaves_the_old_folder(tmp_path: Path) -> None:
     put(target, "old")
     program = textwrap.dedent(f"""
         import pathlib, time
-        from trainer.publish import building
+        from trainer.publish import building, replace_file
         with building(pathlib.Path({str(target)!r}), "marker") as folder:
             (folder / "marker").write_text("half")
             print("ready", flush=True)
@@ -138,7 +138,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_builds_is_n
     program = """
 import os, sys, time
 from pathlib import Path
-from trainer.publish import building
+from trainer.publish import building, replace_file
 with building(Path(sys.argv[1]), "marker") as folder:
     (folder / "half").write_text("built")
     os.utime(folder, (0, 0))
@@ -168,3 +168,20 @@ with building(Path(sys.argv[1]), "marker") as folder:
     with publish.building(target, "marker") as folder:
         (folder / "marker").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "save"
+    replace_file(path, b"old")
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def broken(source: Path, target: Path) -> None:
+        assert source.read_bytes() == b"newer", "written before it takes the other's place"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publish.os, "replace", broken)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert siblings(path) == ["save"]
