@@ -133,7 +133,10 @@ ARTICLE = Recipe(
     evaluate_every=50,
     print_every=600,
 )
-"""The article's training: pixels to [-1, 1], batch 100, cross-entropy, Adam, 6,000 iterations = 10 epochs.
+"""99.03 % on the test images (deviation 0.13, seeds 0 to 4) on the CPU, 99.12 % (0.06, seeds 0 to 2) on an H100, there in
+4.1 s of training and 0.8 s of its 120 evaluations (torch 2.11).
+
+The article's training: pixels to [-1, 1], batch 100, cross-entropy, Adam, 6,000 iterations = 10 epochs.
 
 One thing is done differently. The article's listing evaluates in training mode: dropout stays on, the test images move
 BatchNorm's running statistics (so that the test set takes part in the training), and a gradient graph is built for
@@ -155,7 +158,10 @@ FAST = Recipe(
     evaluate_every=None,
     print_every=None,
 )
-"""480 steps of AdamW in float32, no augmentation, evaluated once, at the end.
+"""99.24 % on the test images (deviation 0.05, seeds 0 to 4, p = 0.0002 against 99.0 %) in 0.34 s of training on an H100,
+float32, torch 2.11; 0.43 s with setting up, once torch is imported and has captured a first step.
+
+480 steps of AdamW, no augmentation, evaluated once, at the end.
 
 Found by random search, 10,000 of the training images held out: with dropout as in the article no setting of 17 came to
 more than 99.05 % in an epoch, without it the best two of 46 to 99.15 % (means over at least five seeds).
@@ -177,7 +183,9 @@ AUGMENTED = Recipe(
     evaluate_every=480,
     print_every=2_400,
 )
-"""One network, evaluated on the images as they are: nothing is averaged over several networks or views of an image."""
+"""99.62 % on the test images (deviation 0.04, seeds 0 to 3) in 21 s of training on an H100, float32, torch 2.11.
+
+One network, evaluated on the images as they are: nothing is averaged over several networks or views of an image."""
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ARTICLE, FAST, AUGMENTED)}
 

@@ -169,9 +169,8 @@ def prepare(
         try:
             compile_step(step, evaluation)
             execution = "compiled"
-        except (
-            Exception
-        ) as error:  # whatever an unfit compiler makes torch raise; if more is wrong, eager training tells
+        # Whatever a missing or unfit C++ compiler makes torch raise; if more is wrong, eager training tells.
+        except Exception as error:
             if compiled:
                 raise
             note(f"training eagerly, which is slower: it could not be compiled ({_first_line(error)})")

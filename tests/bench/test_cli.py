@@ -44,6 +44,7 @@ def test_a_run_prints_the_table_and_writes_the_result(small_bundle: Path, tmp_pa
     assert result.settings.threads == 1
 
 
+@pytest.mark.slow
 def test_a_failed_parity_ends_with_1_after_table_and_result(tampered: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     bundle = tampered(manifest=lambda fields: fields["preprocessing"].update(mean=[0.1307], std=[0.3081]))

@@ -64,6 +64,7 @@ def suite(result: Result) -> Suite:
     )
 
 
+@pytest.mark.slow
 def test_a_suite_as_a_user_runs_it(small_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Parity and throughput of a backend and its control; all files; and the page again from the JSON alone."""
     out = tmp_path / "new" / "suite"

@@ -80,7 +80,9 @@ def test_unknown_strategy_is_a_usage_error() -> None:
     assert "bias-map" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_interrupted(
     number: signal.Signals, code: int, bundle_dir: Path, training_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:

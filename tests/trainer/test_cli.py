@@ -116,7 +116,9 @@ def test_a_run_from_nothing(tmp_path: Path, data_dir: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_saves_the_run_and_leaves_what_was(
     tmp_path: Path, data_dir: Path, number: signal.Signals, code: int
 ) -> None:
@@ -173,6 +175,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 @pytest.mark.usefixtures("one_thread")
 def test_killed_and_resumed(
@@ -263,6 +266,7 @@ def test_an_interrupt_before_the_first_iteration(
     assert (tmp_path / "article" / checkpoint.FILE_NAME).read_bytes() == earlier
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a limit on file sizes stands for a full disk")
 def test_a_full_disk(tmp_path: Path, data_dir: Path) -> None:
     """No file may grow beyond 100 kB: the checkpoint does not fit, as on a full disk."""

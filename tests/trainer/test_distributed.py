@@ -26,6 +26,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=TOGETHER, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes(tmp_path: Path, data_dir: Path) -> None:
     out = tmp_path / "run"
