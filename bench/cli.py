@@ -45,7 +45,7 @@ DEFAULT_MIN_DURATION_S, DEFAULT_LATENCY_BOUND_MS, DEFAULT_SAMPLES_PER_QUERY = 10
 DEFAULT_THRESHOLD_PERCENT = 5.0
 # Of a suite, which has seven times the rows of a run: many short blocks show as much as few long ones, and every call
 # that fits into one is a number in the file.
-SUITE_BLOCK_S, SUITE_TIME_LIMIT_S = 0.03, 240.0
+SUITE_BLOCK_S, SUITE_TIME_LIMIT_S = 0.02, 240.0
 
 # Typer's rich help costs as much start-up time as everything else together.
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)

@@ -105,7 +105,7 @@ class Sample(_Frozen):
     `position` is the place of the block's turn within its round; `quiet_after_s` is how long the runtime's threads kept
     using the CPU after the turn, which the next turn waited for. `energy_j` is what the machine's counters counted
     during the block, everything that ran included. `gpu_durations_ns` are some further calls, timed by the GPU's own
-    clock; empty for end-to-end blocks and where there is no GPU.
+    clock; empty for end-to-end blocks and where there is no GPU. `cpus` are those that the turn was kept to, if any.
     """
 
     subject: str
@@ -118,6 +118,7 @@ class Sample(_Frozen):
     durations_ns: tuple[int, ...]
     energy_j: dict[str, float]
     gpu_durations_ns: tuple[int, ...] = ()
+    cpus: tuple[int, ...] | None = None
     quiet_after_s: float
 
 

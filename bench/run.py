@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -427,7 +429,9 @@ def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress:
             for position, lane in enumerate(turns):
                 step(f"round {round_ + 1}: {lane.subject.label}, batch {batch_size}")
                 if lane.failure is None:
-                    samples += _turn(lane, batch_size, round_, position, plan.block_s)
+                    # The CPUs change when everyone has been the first on them.
+                    cpus = cpus_for(round_ // len(lanes), plan.threads)
+                    samples += _turn(lane, Measure(batch_size, plan.block_s, cpus), round_, position)
     return tuple(samples)
 
 
@@ -448,8 +452,22 @@ def _enough(plan: Plan, lanes: list[Lane], samples: list[Sample]) -> bool:
     return enough(own) if plan.bound is None else decided(own, alive, plan.bound)
 
 
-def _turn(lane: Lane, batch_size: int, round_: int, position: int, block_s: float) -> list[Sample]:
-    measured = lane.ask(Measure(batch_size, block_s), Measured)
+def cpus_for(turn: int, threads: int) -> tuple[int, ...] | None:
+    """The CPUs for everybody's `turn`-th turn; None where the threads need all of them, or the system can't be told.
+
+    A process tends to stay on the CPU that it started on, and of a machine that others use too, one CPU is slower than
+    another: who happened to start on it would look slower for the whole run. So all take turns on the same ones.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    usable = sorted(os.sched_getaffinity(0))
+    if threads >= len(usable):
+        return None
+    return tuple(sorted(usable[(turn * threads + place) % len(usable)] for place in range(threads)))
+
+
+def _turn(lane: Lane, request: Measure, round_: int, position: int) -> list[Sample]:
+    measured = lane.ask(request, Measured)
     if measured is None:
         return []
     lane.peak_memory_bytes = measured.peak_memory_bytes
@@ -458,7 +476,7 @@ def _turn(lane: Lane, batch_size: int, round_: int, position: int, block_s: floa
     return [
         Sample(
             subject=lane.subject.label,
-            batch_size=batch_size,
+            batch_size=request.batch_size,
             round=round_,
             position=position,
             timing=block.timing,
@@ -467,6 +485,7 @@ def _turn(lane: Lane, batch_size: int, round_: int, position: int, block_s: floa
             durations_ns=block.durations_ns,
             energy_j=block.energy_j,
             gpu_durations_ns=block.gpu_durations_ns,
+            cpus=request.cpus,
             quiet_after_s=measured.quiet_after_s,
         )
         for block in measured.blocks

@@ -81,8 +81,9 @@ def _named(subject: SubjectResult, result: Result) -> str:
 
 
 def _best(result: Result) -> Iterator[str]:
-    """The lowest latency at the smallest batch and the highest throughput, of those that finished."""
-    rows = _finished_rows(result)
+    """The lowest latency at the smallest batch and the highest throughput, of those that finished and are right."""
+    wrong = {subject.label for subject in result.subjects if subject.parity and not subject.parity.passed}
+    rows = [row for row in _finished_rows(result) if row.subject not in wrong]
     if not rows:
         return
     smallest, where = min(row.batch_size for row in rows), leg_of(result).words

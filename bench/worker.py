@@ -75,10 +75,13 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Measure:
-    """Ask for one timed block of each kind at a batch size. `seconds` is the time of one block."""
+    """Ask for one timed block of each kind at a batch size. `seconds` is the time of one block, `cpus` are those to run
+    on; None: as before.
+    """
 
     batch_size: int
     seconds: float
+    cpus: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,8 @@ class _Model:
             driven = drive(partial(_end_to_end, self._session), self._raw, request.load, request.folder)
             wait_until_quiet()
             return driven
+        if isinstance(request, Measure) and request.cpus is not None:
+            pin(request.cpus)
         calls = self._calls(request.batch_size)
         if isinstance(request, Prepare):
             done = warm_up(calls["end_to_end"])  # which runs the model on the device, too
@@ -298,6 +303,13 @@ class _Model:
         parts = [_end_to_end(self._session, self._raw[start : start + batch_size].copy()) for start in starts]
         wait_until_quiet()
         return Evaluated(np.concatenate(parts))
+
+
+def pin(cpus: tuple[int, ...]) -> None:
+    """Let every thread of this process run on these CPUs only: a runtime's pool has affinities of its own."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), cpus)
 
 
 def _peak_memory_bytes() -> int | None:

@@ -46,7 +46,7 @@ TIME_LIMIT_S = 480.0
 # What a step that was told to end may take for saving what it has; less than nox waits for this script.
 GRACE_S = 10.0
 # What the suite still has to do when its own time is over: end a round, and write.
-SUITE_MARGIN_S = 60.0
+SUITE_MARGIN_S = 30.0
 # Below this a step would only be started to be ended.
 LEAST_S = 5.0
 SAID_LINES = 3
@@ -256,8 +256,8 @@ def the_steps(out: Path, time_limit_s: float, quick: bool) -> list[Step]:
         Step(
             "suite",
             ("-m", "bench", "suite", "--bundle", str(bundle), "--out", str(out / "suite"), *few_batches),
-            (SUITE_MARGIN_S + 30 if quick else 300) * stretch,
-            reserve_s=(SUITE_MARGIN_S + 30 if quick else 200) * stretch,
+            (90 if quick else 300) * stretch,
+            reserve_s=(90 if quick else 230) * stretch,
             limit_option="--time-limit",
             needs=("export",),
         ),

@@ -133,8 +133,8 @@ ARTICLE = Recipe(
     evaluate_every=50,
     print_every=600,
 )
-"""99.03 % on the test images (deviation 0.13, seeds 0 to 4) on the CPU, 99.12 % (0.06, seeds 0 to 2) on an H100, there in
-4.1 s of training and 0.8 s of its 120 evaluations (torch 2.11).
+"""99.03 % on the test images (deviation 0.13, seeds 0 to 4) on the CPU, 99.12 % (0.06, seeds 0 to 2) on an H100, there
+in 4.1 s of training and 0.8 s of its 120 evaluations (torch 2.11).
 
 The article's training: pixels to [-1, 1], batch 100, cross-entropy, Adam, 6,000 iterations = 10 epochs.
 
@@ -158,8 +158,9 @@ FAST = Recipe(
     evaluate_every=None,
     print_every=None,
 )
-"""99.24 % on the test images (deviation 0.05, seeds 0 to 4, p = 0.0002 against 99.0 %) in 0.34 s of training on an H100,
-float32, torch 2.11; 0.43 s with setting up, once torch is imported and has captured a first step.
+"""99.24 % on the test images (deviation 0.05, seeds 0 to 4, p = 0.0002 against 99.0 %) in 0.34 s of training on an
+H100, float32, torch 2.11; 0.43 s with setting up, once torch is imported and has captured a first step. 99.25 % (0.06,
+seeds 0 to 19, p = 4e-14) in 25 s on two cores of a Xeon at 2.5 GHz, eager, torch 2.14.1.
 
 480 steps of AdamW, no augmentation, evaluated once, at the end.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import bench.run
 from bench.backend import BACKENDS
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.results import Result
-from bench.run import Plan, availability, exit_code, run, select
+from bench.run import Plan, availability, cpus_for, exit_code, run, select
 from export.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")
@@ -213,3 +214,17 @@ def test_availability_asks_each_in_a_process_of_its_own(only: Callable[..., None
     only("onnx-cpu", "unavailable", "null")
     found = availability(threads=1, timeout_s=60)
     assert found == {"onnx-cpu": None, "null": None, "unavailable": "there is no such accelerator. Plug one in."}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinities")
+def test_all_take_turns_on_the_same_cpus(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        pytest.skip("there is but one CPU")
+    result = run(plan(backends=("onnx-cpu", "null"), rounds=4), lambda what, done: None)
+    on = {(sample.round, sample.subject): sample.cpus for sample in result.samples}
+    for round_ in range(4):
+        assert on[round_, "onnx-cpu"] == on[round_, "null"] == (usable[round_ // 2],)
+    assert cpus_for(1, len(usable)) is None, "all of them are in use"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 4, 8})
+    assert [cpus_for(turn, 2) for turn in range(4)] == [(3, 4), (3, 8), (4, 8), (3, 4)]

@@ -179,7 +179,7 @@ def test_the_runs_share_the_time(runs: Runs, wanted: Wanted) -> None:
     shares: list[float] = []
     suite = conduct(wanted, lambda so_far: None, lambda what, done: shares.append(done))
     strict, fast, cpu = runs.plans
-    assert [plan.time_limit_s for plan in runs.plans] == pytest.approx([40, 200 / 3, 100], abs=1)
+    assert [plan.time_limit_s for plan in runs.plans] == pytest.approx([37.5, 60, 100], abs=1)
     assert [(plan.profile, plan.device) for plan in runs.plans] == [
         ("strict", "cuda"),
         ("fast", "cuda"),
@@ -188,7 +188,7 @@ def test_the_runs_share_the_time(runs: Runs, wanted: Wanted) -> None:
     assert strict.batch_sizes == fast.batch_sizes == (1, 8, 64, 256, 1024, 4096, 16384)
     assert cpu.batch_sizes == (1, 8, 64, 256, 1024)
     assert all(plan.control and plan.backends is None for plan in runs.plans)
-    assert shares == pytest.approx([0, 0.2, 0.6, 0.9])
+    assert shares == pytest.approx([0, 0.1875, 0.5625, 0.875])
     assert suite_exit_code(suite) == 0
 
 
@@ -282,6 +282,19 @@ def test_the_page_names_what_is_wrong(suite: Suite, result: Result) -> None:
     assert "onnx-cpu:unfolded" not in [row[0] for row in cells(told, "Speed")]
     assert suite_exit_code(bad) == EXIT_NEGATIVE
     assert suite_exit_code(suite) == 0
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_is_wrong_is_not_called_the_best(wrong: int, suite: Suite, result: Result) -> None:
+    subjects = list(result.subjects[:2])
+    parity = subjects[wrong].parity
+    assert parity is not None
+    subjects[wrong] = subjects[wrong].model_copy(update={"parity": replace(parity, passed=False)})
+    rows = tuple(row for row in result.rows if row.subject != "null")
+    found = result.model_copy(update={"subjects": tuple(subjects), "rows": rows})
+    told = page(suite.model_copy(update={"runs": (found,)}))
+    (line,) = (line for line in told.splitlines() if "highest throughput on the device" in line)
+    assert f"`{subjects[1 - wrong].label}` at batch" in line
 
 
 def test_the_limit_of_the_copy_stands_beside_the_rows(suite: Suite, result: Result) -> None:

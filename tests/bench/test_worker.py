@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,3 +170,17 @@ def test_an_altered_file_is_a_bad_bundle(start: Start, tampered: Callable[..., P
     reply = start("onnx-cpu", bundle=bundle).receive()
     assert isinstance(reply, BadBundle)
     assert "model.onnx was altered" in reply.message
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinities")
+def test_every_thread_is_pinned() -> None:
+    """In a process of its own, with a thread that was there before."""
+    code = (
+        "import os, threading; from bench.worker import pin\n"
+        "done = threading.Event(); thread = threading.Thread(target=done.wait); thread.start()\n"
+        "cpu = min(os.sched_getaffinity(0)); pin((cpu,))\n"
+        "on = [os.sched_getaffinity(int(t)) for t in os.listdir('/proc/self/task')]\n"
+        "print(all(cpus == {cpu} for cpus in on), len(on) > 1); done.set()"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "True True"

@@ -4,7 +4,8 @@
     python tests/benchmarks/measuring.py aa [N]              a bundle against itself, N times: false alarms
     python tests/benchmarks/measuring.py busy [N]            the same with another process at work
     python tests/benchmarks/measuring.py slow [N]            a known slowdown, N times each: how often it is found
-    python tests/benchmarks/measuring.py agreement           against onnxruntime in a bare loop, and against LoadGen
+    python tests/benchmarks/measuring.py agreement           against onnxruntime in a bare loop
+    python tests/benchmarks/measuring.py loadgen [N]         the p50 of N runs of LoadGen SingleStream against bench's
 
 Results go to docs/results/measuring.json, one entry for each experiment. They need `nox -s train export` first, and a
 machine that does nothing else (`busy` brings its own disturbance).
@@ -34,10 +35,12 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 from bundles import shorten
 
 from bench.backend import BACKENDS, Options, Profile, Session, resolve
+from bench.loadgen import Driven, Load, Scenario, read_summary
 from bench.measure import timed_block, wait_until_quiet
 from bench.results import Result
-from bench.run import Plan, run
+from bench.run import Plan, loaded, run
 from bench.summary import slower
+from bench.worker import Drive, Measure, Measured, Prepare, Prepared
 from export.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +49,7 @@ RESULTS = ROOT / "docs" / "results" / "measuring.json"
 IMAGES = 300
 """So many of the oracle's inputs: parity is not what is tried here."""
 BATCH_SIZE, BLOCK_S, TIME_LIMIT_S, THREADS = 64, 0.02, 30.0, 1
+LOADGEN_S = 2.0
 SLOWED = "slowed"
 SLOW_FOLDER = "slow-"
 
@@ -198,6 +202,37 @@ def agreement() -> dict[str, Any]:
     return {"time_by_bench_over_bare_loop": found, "rounds": 40}
 
 
+def loadgen(count: int) -> dict[str, Any]:
+    """One image end to end: the median latency of LoadGen's SingleStream, and that of a block before it, `count` times.
+
+    In turns in one worker, so that both see the same model, threads and memory.
+    """
+    ours_ms, theirs_ms = [], []
+    with short_bundle("base") as (bundle,), tempfile.TemporaryDirectory() as logs:
+        plan = Plan((bundle,), ("onnx-cpu",), threads=THREADS, profile=Profile.STRICT, timeout_s=60.0)
+        with loaded(plan, lambda what, done: None) as ready:
+            worker = ready.lanes[0].worker
+            worker.ask(Prepare(1), Prepared)
+            for number in range(count):
+                measured = worker.ask(Measure(1, LOADGEN_S), Measured)
+                (block,) = (block for block in measured.blocks if block.timing == "end_to_end")
+                ours = statistics.median(block.durations_ns)
+                load = Load(Scenario.SINGLE_STREAM, False, LOADGEN_S, 1, 1e9 / ours)
+                folder = Path(logs) / str(number)
+                worker.ask(Drive(load, folder, LOADGEN_S), Driven)
+                ours_ms.append(ours * 1e-6)
+                theirs_ms.append(read_summary(folder).latency_ns[50.0] * 1e-6)
+    ratios = sorted(theirs / ours for theirs, ours in zip(theirs_ms, ours_ms, strict=True))
+    return {
+        "pairs": count,
+        "bench_p50_ms": ours_ms,
+        "loadgen_p50_ms": theirs_ms,
+        "loadgen_over_bench_median": statistics.median(ratios),
+        "loadgen_over_bench_range": [ratios[0], ratios[-1]],
+        "difference_us_median": 1000 * statistics.median(a - b for a, b in zip(theirs_ms, ours_ms, strict=True)),
+    }
+
+
 def _spin(stop: Any) -> None:
     while not stop.is_set():
         np.linalg.norm(np.ones(100_000))
@@ -241,5 +276,7 @@ if __name__ == "__main__":
             store("slow", [comparisons(count, 10, 5), comparisons(count, 5, 2)])
         case ["agreement"]:
             store("agreement", agreement())
+        case ["loadgen", *_]:
+            store("loadgen", loadgen(count))
         case _:
             print(__doc__)
