@@ -102,7 +102,7 @@ def measure(name: str) -> dict[str, Any]:
         plan = Plan(
             bundles=tuple(bundle.path for bundle in bundles),
             backends=BACKENDS,
-            control=True,
+            control=BACKENDS,
             batch_sizes=BATCH_SIZES,
             rounds=ROUNDS,
             block_s=BLOCK_S,
