@@ -272,9 +272,10 @@ class _Model:
             done = warm_up(calls["end_to_end"])  # which runs the model on the device, too
             wait_until_quiet()
             return Prepared(done)
-        clock = {"device_resident": self._session.gpu_ns}
+        gpu_ns = self._session.gpu_ns
         blocks = tuple(
-            timed_block(call, timing, request.seconds, energy_j, clock.get(timing)) for timing, call in calls.items()
+            timed_block(call, timing, request.seconds, energy_j, gpu_ns if timing == "device_resident" else None)
+            for timing, call in calls.items()
         )
         return Measured(blocks, wait_until_quiet(), _peak_memory_bytes(), gpu_memory_of_this_process_bytes())
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ from export.bundle import (
 )
 from export.fold.report import FoldReport, Strategy
 from trainer.errors import EXIT_NEGATIVE, UserError
-from trainer.provenance import git_commit
+from trainer.provenance import git_commit, installed
 from trainer.publish import building
 
 if TYPE_CHECKING:
@@ -67,7 +66,12 @@ def fingerprint(source: Source, strategy: str) -> str:
     code = hashlib.sha256()
     for path in sorted([*root.rglob("*.py"), *(root.parent / "trainer").glob("*.py")]):
         code.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
-    facts = {"source": source.model_dump(), "strategy": strategy, "versions": _versions(), "code": code.hexdigest()}
+    facts = {
+        "source": source.model_dump(),
+        "strategy": strategy,
+        "versions": installed(*LIBRARIES),
+        "code": code.hexdigest(),
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -244,20 +248,10 @@ def _summary(report: FoldReport) -> str:
     return "\n".join(lines or ["the model has no BatchNorm"])
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _environment() -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        versions=_versions(),
+        versions=installed(*LIBRARIES),
         git_commit=git_commit(Path(export.__file__)),
     )

@@ -33,7 +33,7 @@ def capture(function: Callable[[], torch.Tensor], step: Step) -> Callable[[], to
                 function()
         torch.cuda.current_stream(step.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what the threads of a communication library do meanwhile is no error.
+        # thread_local: what other threads of this process do meanwhile is no error.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             result = function()
 

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import UserError
+from trainer.errors import EXIT_UNAVAILABLE, UserError
 
 if TYPE_CHECKING:
     from trainer.history import Evaluation
-
-EXIT_UNAVAILABLE = 3
 
 
 def require() -> None:

@@ -77,12 +77,8 @@ class _Round(torch.autograd.Function):
         return gradient
 
 
-class _RoundBothWays(torch.autograd.Function):
+class _RoundBothWays(_Round):
     """A float32 tensor rounded to bf16, and its gradient too."""
-
-    @staticmethod
-    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return _rounded_to_bf16(tensor)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,13 @@ def git_commit(tracked: Path) -> str | None:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of Python and of those packages that are installed: a plain checkout of this one isn't."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of those packages that are installed."""
+    return {"python": platform.python_version()} | installed(*packages)
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed: a plain checkout of this one isn't."""
+    found = {}
     for name in packages:
         try:
             found[name] = metadata.version(name)

@@ -28,7 +28,7 @@ import torch
 from trainer import mnist, resume
 from trainer.compiling import compile_step
 from trainer.distributed import ALONE, Group
-from trainer.errors import EXIT_NEGATIVE, Interrupted, UserError
+from trainer.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, Interrupted, UserError
 from trainer.history import Evaluation, Progress, Trained
 from trainer.recipes import Settings
 from trainer.step import Images, Step
@@ -40,8 +40,6 @@ fixed number, not a guess at run time: the same command must give the same bits.
 
 SPLIT_SEED = 1234
 """The permutation of the training images whose end is held out for validation: the same for every run."""
-
-EXIT_UNAVAILABLE = 3
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.backend import Backend, Device, Options, Placement, Setting
 from bench.backends.torch_program import load_program
-from bench.backends.torch_runtime import GpuMemory, configure_torch, torch_settings, torch_unavailable_reason
+from bench.backends.torch_runtime import GpuMemory, TorchSession, configure_torch, torch_unavailable_reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
     import torch
 
     from export.bundle import Bundle, Format
@@ -69,18 +66,14 @@ class CapturedProgram:
         return CapturedSession(run, bundle, placement, {"compiled": self.compiled})
 
 
-class CapturedSession:
+class CapturedSession(TorchSession):
     """One CUDA graph for each batch size, all on the stream of the memory that they read and write."""
 
-    def __init__(self, module: Any, bundle: Bundle, placement: Placement, settings: dict[str, Setting]) -> None:
-        self._module = module
-        self._memory = GpuMemory(bundle)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._placement = placement
-        self._settings = torch_settings("cuda") | settings | {"cuda_graph": True}
+    _memory: GpuMemory
 
-    def prepare(self, raw: np.ndarray) -> torch.Tensor:
-        return self._memory.prepare(raw)
+    def __init__(self, module: Any, bundle: Bundle, placement: Placement, settings: dict[str, Setting]) -> None:
+        super().__init__(module, bundle, "cuda", placement, settings | {"cuda_graph": True})
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def run(self, prepared: torch.Tensor) -> torch.Tensor:
         captured = self._captured.get(prepared.data_ptr())
@@ -91,21 +84,9 @@ class CapturedSession:
         self._memory.complete(graph.replay)
         return logits
 
-    def fetch(self, output: torch.Tensor) -> np.ndarray:
-        return self._memory.fetch(output)
-
-    def gpu_ns(self, call: Callable[[], object]) -> int | None:
-        return self._memory.gpu_ns(call)
-
-    def placement(self) -> Placement:
-        return self._placement
-
-    def settings(self) -> dict[str, Setting]:
-        return self._settings
-
     def close(self) -> None:
         self._captured.clear()
-        self._module = None
+        super().close()
 
 
 GRAPH: Backend = CapturedProgram(compiled=False)

@@ -149,7 +149,8 @@ class CpuMemory:
 
     def prepare(self, raw: np.ndarray) -> torch.Tensor:
         """Raw [N, …] → float32 [N, *input.shape[1:]]."""
-        return self._input.preprocess(self._input._torch.from_numpy(raw), self._input.sizes(raw))
+        with self._input._torch.inference_mode():
+            return self._input.preprocess(self._input._torch.from_numpy(raw), self._input.sizes(raw))
 
     def complete(self, call: Callable[[], T]) -> T:
         """What `call` returns: the CPU has done it by then."""
@@ -288,8 +289,7 @@ class TorchSession:
         self._settings = torch_settings(device) | settings
 
     def prepare(self, raw: np.ndarray) -> torch.Tensor:
-        with self._inference_mode():
-            return self._memory.prepare(raw)
+        return self._memory.prepare(raw)
 
     def run(self, prepared: torch.Tensor) -> torch.Tensor:
         with self._inference_mode():
