@@ -15,10 +15,11 @@ from bench.errors import EXIT_USAGE, BenchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import numpy as np
 
-    from export.bundle import Bundle, Format
+    from export.bundle import Bundle, FileEntry, Format, TensorSpec
 
 Device = Literal["cpu", "cuda", "none"]
 Setting = str | int | float | bool
@@ -35,13 +36,14 @@ class Profile(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """How a backend is to run. `threads` is the size of the runtime's own pool for one operator; `folded` picks the
-    file.
+    """How a backend is to run. `threads` is the size of the runtime's own pool for one operator; `folded` and `variant`
+    pick the file.
     """
 
     threads: int
     profile: Profile = Profile.STRICT
     folded: bool = True
+    variant: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ class Session(Protocol):
     """A model loaded on a runtime. The three steps from raw input to logits are apart, so that each can be timed."""
 
     def prepare(self, raw: np.ndarray) -> Any:
-        """Raw input [N, …], C-contiguous and writable, as the bundle's preprocessing describes it → the model's input,
-        preprocessed on the device. What it returns stays valid until `prepare` is called with as many images again; it
-        may still be under way, which `run` waits for."""
+        """Raw input [N, …], C-contiguous and writable, as the bundle's preprocessing describes it → what the file
+        takes, on the device: preprocessed, or as it is where the file does that itself. What it returns stays valid
+        until `prepare` is called with as many images again; it may still be under way, which `run` waits for."""
 
     def run(self, prepared: Any) -> Any:
         """The model on what `prepare` returned. Returns when the result exists on the device, not when queued."""
@@ -104,12 +106,16 @@ class Backend(Protocol):
         """Where it runs; ``none`` for the backend that computes nothing."""
 
     @property
-    def format(self) -> Format | None:
-        """The kind of bundle file that it loads; None for the backend that computes nothing."""
+    def formats(self) -> tuple[Format, ...]:
+        """The kinds of file that it loads, the one it prefers first; none for the backend that computes nothing."""
 
     @property
     def reference(self) -> bool:
-        """Whether it always runs the unfolded file: it is what the others are compared with."""
+        """Whether it always runs the unfolded float32 file: it is what the others are compared with."""
+
+    @property
+    def on_request(self) -> bool:
+        """Whether it runs only where somebody names it: a preset of another, or one that takes long to start."""
 
     def unavailable_reason(self) -> str | None:
         """None where this backend can run, else why it can't here and what would change that.
@@ -133,6 +139,44 @@ BACKENDS: dict[str, str] = {
     "onnx-cuda": "bench.backends.onnx:CUDA",
     "null": "bench.backends.null:NULL",
 }
+
+
+def takes_raw(options: Options) -> bool:
+    """Whether the file that `options` pick takes the raw input and has the preprocessing inside."""
+    return options.variant.endswith("-raw")
+
+
+def input_of(bundle: Bundle, options: Options) -> TensorSpec:
+    """What the file that `options` pick takes."""
+    return bundle.manifest.preprocessing.raw if takes_raw(options) else bundle.manifest.input
+
+
+def preparation(bundle: Bundle, options: Options) -> Callable[[np.ndarray], np.ndarray]:
+    """From raw input to what the file takes, in NumPy: the bundle's own preprocessing, or nothing."""
+    if takes_raw(options):
+        return lambda raw: raw
+    preprocessing, shape = bundle.manifest.preprocessing, bundle.manifest.input.shape
+    return lambda raw: preprocessing.apply(raw, shape)
+
+
+def file_of(backend: Backend, bundle: Bundle, options: Options) -> FileEntry | None:
+    """The bundle's file that `backend` runs with these options; None where it has none."""
+    found = (bundle.find(format, options.variant, options.folded) for format in backend.formats)
+    return next((entry for entry in found if entry is not None), None)
+
+
+def locate(backend: Backend, bundle: Bundle, options: Options) -> Path:
+    """The path of `file_of`, after its hash was checked. Raises BundleError, also where there is no such file."""
+    from export.bundle import BundleError
+
+    entry = file_of(backend, bundle, options)
+    if entry is None:
+        raise BundleError(
+            f"the bundle at {bundle.path} has no {options.variant} file for {backend.name} "
+            f"({', '.join(backend.formats)}, {'folded' if options.folded else 'unfolded'}). Export it again with that "
+            "variant."
+        )
+    return bundle.locate(entry)
 
 
 def find_backend(name: str) -> Backend:

@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bench.backend import Options, Profile, Session
-from bench.parity import TF32_ROUNDING
+from bench.backend import Backend, Options, Profile, Session
+from bench.parity import ROUNDING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -134,7 +134,7 @@ class _Reference:
     def limit(self, coarse: bool) -> float:
         """How far a value may be from this one to be the same, relative to the RMS. TF32 rounds as coarsely as float16
         does."""
-        return ROUNDING_FACTOR * max(self.float32_error, EPSILON) * (TF32_ROUNDING if coarse else 1.0)
+        return ROUNDING_FACTOR * max(self.float32_error, EPSILON) * (ROUNDING["float32"] if coarse else 1.0)
 
     def distance(self, rows: np.ndarray) -> float | None:
         """RMS difference over the RMS, infinite for rows that are not finite; None where they can't be this value."""
@@ -146,6 +146,11 @@ class _Reference:
         if rows.shape[1] > size and np.ptp(rows[:, size:], axis=0).max() > EPSILON * np.abs(rows).max():
             return None
         return _rms(rows[:, :size] - self.rows) / self.rms
+
+
+def bisectable(backend: Backend, variant: str) -> bool:
+    """Whether it is onnxruntime with a file whose nodes are those of the torch graph, give or take rounding."""
+    return backend.formats[:1] == ("onnx",) and variant == "float32"
 
 
 def bisect(
@@ -329,7 +334,7 @@ class _Walk:
         wanted = _rows(np.asarray(wanted), self._images)
         if not (np.isfinite(wanted).all() and np.isfinite(rows).all()):
             return "file" if np.array_equal(np.isfinite(wanted), np.isfinite(rows)) else "runtime"
-        scale = _rms(wanted) * (TF32_ROUNDING if self.is_coarse(node.output[0]) else 1.0)
+        scale = _rms(wanted) * (ROUNDING["float32"] if self.is_coarse(node.output[0]) else 1.0)
         return "file" if _rms(rows - wanted) <= KERNEL_ROUNDING * scale else "runtime"
 
 
@@ -339,7 +344,7 @@ def _torch_values(bundle: Bundle, inputs: np.ndarray) -> tuple[list[_Reference],
 
     from bench.backends.torch_program import read_program
 
-    exported = read_program(bundle, folded=False).module(check_guards=False)
+    exported = read_program(bundle.locate(bundle.entry("pt2", folded=False))).module(check_guards=False)
     module = torch.fx.GraphModule(exported, exported.graph)
     (result,) = module.graph.output_node().all_input_nodes  # the one output of the manifest
     with torch.inference_mode():

@@ -13,9 +13,12 @@ import numpy as np
 from bench.backend import Profile
 from export.bundle import Oracle, Tolerances
 
-# The fast profile's bound where an output is not class scores, so that there are no flips to count: TF32 keeps 10 bits
-# of the significand where float32 keeps 23, so that one rounding is 2^13 times as coarse.
-TF32_ROUNDING = 2.0**13
+# The bound where an output is not class scores, so that there are no flips to count: TF32, as the fast
+# profile lets float32 be computed, and float16 keep 10 bits of the significand where float32 keeps 23, so that one
+# rounding is 2^13 times as coarse; bfloat16 keeps 7. A step of int8 is 2^-8 of the largest value, whatever the value.
+ROUNDING = {"float32": 2.0**13, "float16": 2.0**13, "bfloat16": 2.0**16, "int8": 2.0**16}
+# From what float64 tells apart to what no logit is off by, four to a power of ten.
+HISTOGRAM_FROM, HISTOGRAM_STEP, HISTOGRAM_RANGES = -9.0, 0.25, 44
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,17 @@ class McNemar:
 
 
 @dataclass(frozen=True)
+class ErrorHistogram:
+    """How many images have a largest absolute logit error in each range: range k goes from 10^(from + k · step) to
+    10^(from + (k + 1) · step); the first takes whatever is less, and the last whatever is more or not finite.
+    """
+
+    log10_from: float
+    log10_step: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ParityVerdict:
     """The verdict and everything it rests on.
 
@@ -64,6 +78,8 @@ class ParityVerdict:
         non_finite: how many logits are NaN or infinite.
         mcnemar: the test of the backend's predictions against the oracle's; None without labels or where the output is
             not class scores.
+        precision: the file's, which decides the limits together with the profile.
+        errors: the distribution over the images.
     """
 
     passed: bool
@@ -78,10 +94,17 @@ class ParityVerdict:
     rms_error_in_float32_errors: float | None
     non_finite: int
     mcnemar: McNemar | None = None
+    precision: str = "float32"
+    errors: ErrorHistogram | None = None
 
 
-def judge(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile) -> ParityVerdict:
-    """Compare a backend's float32 logits with the oracle's, both [N, …] in the same order of images."""
+def judge(
+    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile, precision: str = "float32"
+) -> ParityVerdict:
+    """Compare a backend's float32 logits with the oracle's, both [N, …] in the same order of images.
+
+    `precision` is the file's: what int8, float16 and bfloat16 are held to doesn't depend on the profile.
+    """
     images = len(oracle.logits)
     if logits.shape != oracle.logits.shape:
         wrong = f"logits of shape {list(logits.shape)}, the oracle has {list(oracle.logits.shape)}"
@@ -107,12 +130,15 @@ def judge(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: P
             oracle_top1 = 100 * float(np.mean(truth == oracle.labels))
             test = _mcnemar(predictions == oracle.labels, truth == oracle.labels)
 
-    if profile is Profile.STRICT:
+    if precision == "int8" and flips is not None:
+        failures += _int8_failures(images, flips, top1, oracle_top1, test, tolerances)
+    elif profile is Profile.STRICT and precision == "float32":
         failures += _strict_failures(rms, flips, tolerances)
     elif flips is not None:
         failures += _fast_failures(images, flips, top1, oracle_top1, tolerances)
     elif rms is not None:
-        failures += _rms_failures(rms, tolerances.strict_rms_factor * TF32_ROUNDING, tolerances)
+        factor = tolerances.strict_rms_factor * ROUNDING[precision]
+        failures += _rms_failures(rms, factor, tolerances)
     return ParityVerdict(
         not failures,
         tuple(failures),
@@ -126,6 +152,8 @@ def judge(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: P
         multiple,
         non_finite,
         test,
+        precision,
+        _histogram(logits, oracle.logits),
     )
 
 
@@ -162,6 +190,15 @@ def _flips(predictions: np.ndarray, truth: np.ndarray, oracle: Oracle) -> tuple[
     )
 
 
+def _histogram(logits: np.ndarray, truth: np.ndarray) -> ErrorHistogram:
+    error = np.abs(logits.astype(np.float64) - truth).reshape(len(truth), -1).max(1)
+    with np.errstate(divide="ignore"):  # no error at all belongs to the first range
+        place = (np.log10(np.where(np.isfinite(error), error, np.inf)) - HISTOGRAM_FROM) / HISTOGRAM_STEP
+    ranges = np.clip(np.floor(place), 0, HISTOGRAM_RANGES - 1).astype(int)
+    counts = np.bincount(ranges, minlength=HISTOGRAM_RANGES)
+    return ErrorHistogram(HISTOGRAM_FROM, HISTOGRAM_STEP, tuple(int(count) for count in counts))
+
+
 def _mcnemar(right: np.ndarray, oracle_right: np.ndarray) -> McNemar:
     """The test on two arrays of truth values, bool [N]. Images on which both are right or both wrong say nothing."""
     b, c = int(np.sum(oracle_right & ~right)), int(np.sum(right & ~oracle_right))
@@ -194,15 +231,37 @@ def _rms_failures(rms: float, factor: float, tolerances: Tolerances) -> list[str
 def _fast_failures(
     images: int, flips: tuple[Flip, ...], top1: float | None, oracle_top1: float | None, tolerances: Tolerances
 ) -> list[str]:
-    failures = []
-    share = 100 * len(flips) / images
-    if share > tolerances.fast_flips_percent:
+    failures = _flips_failures(images, flips, tolerances.fast_flips_percent)
+    return failures + _top1_failures(top1, oracle_top1, tolerances.fast_top1_points)
+
+
+def _int8_failures(
+    images: int,
+    flips: tuple[Flip, ...],
+    top1: float | None,
+    oracle_top1: float | None,
+    test: McNemar | None,
+    tolerances: Tolerances,
+) -> list[str]:
+    if top1 is None:
+        return _flips_failures(images, flips, tolerances.int8_flips_percent_without_labels)
+    failures = _top1_failures(top1, oracle_top1, tolerances.int8_top1_points)
+    if test is not None and test.p_value <= tolerances.int8_p_value:
         failures.append(
-            f"{len(flips)} of {images} predictions flipped ({share:.2f} %, limit {tolerances.fast_flips_percent} %)"
-        )
-    if top1 is not None and oracle_top1 is not None and abs(top1 - oracle_top1) > tolerances.fast_top1_points + 1e-9:
-        failures.append(
-            f"top-1 is {top1:.2f} %, the oracle's {oracle_top1:.2f} %: "
-            f"further apart than {tolerances.fast_top1_points} points"
+            f"right and wrong are split unevenly: {test.b} images only the oracle has right, {test.c} only this one "
+            f"(exact McNemar p = {test.p_value:.2g}, must exceed {tolerances.int8_p_value:g})"
         )
     return failures
+
+
+def _flips_failures(images: int, flips: tuple[Flip, ...], limit_percent: float) -> list[str]:
+    share = 100 * len(flips) / images
+    if share <= limit_percent:
+        return []
+    return [f"{len(flips)} of {images} predictions flipped ({share:.2f} %, limit {limit_percent} %)"]
+
+
+def _top1_failures(top1: float | None, oracle_top1: float | None, points: float) -> list[str]:
+    if top1 is None or oracle_top1 is None or abs(top1 - oracle_top1) <= points + 1e-9:
+        return []
+    return [f"top-1 is {top1:.2f} %, the oracle's {oracle_top1:.2f} %: further apart than {points} points"]

@@ -26,6 +26,7 @@ from bench.roofline import Point, Survey
 from bench.sensors import Reading
 from bench.statistics import PairedRatio, Spread
 from bench.worker import FailureKind
+from export.bundle import FoldReport
 
 SCHEMA_VERSION: Literal[2] = 2
 REMEDY = "Name a file that bench run (without --scenario) or bench ab wrote with --json."
@@ -39,13 +40,14 @@ class _Frozen(BaseModel):
 class BundleFacts(_Frozen):
     """Which bundle was measured. `digest` is the SHA-256 of its manifest, which holds the hash of every file.
 
-    `letter` tells the bundles of a run apart; None where there was but one.
+    `letter` tells the bundles of a run apart; None where there was but one. `fold` says what became of each BatchNorm.
     """
 
     letter: str | None
     path: str
     name: str
     digest: str
+    fold: FoldReport | None = None
 
 
 class FileFacts(_Frozen):
@@ -56,6 +58,7 @@ class FileFacts(_Frozen):
     folded: bool
     precision: str
     opset: int | None
+    bytes: int | None = None
 
 
 class Failure(_Frozen):
@@ -78,13 +81,16 @@ class WarmUpFacts(_Frozen):
 class SubjectResult(_Frozen):
     """A backend with the file that it ran.
 
-    `label` is the backend's name, with ``@`` and the letter of its bundle in a run of several, and ``:unfolded`` for
-    the control. `timer_overhead_ns` is what the clock adds to a call's duration in its process; `peak_memory_bytes` the
-    largest resident memory of that process, and `peak_gpu_memory_bytes` what it held of its GPU's.
+    `label` is the backend's name, with the variant of its file unless it is float32, its threads where they are not the
+    run's, ``@`` and the letter of its bundle in a run of several, and ``:unfolded`` for the control.
+    `timer_overhead_ns` is what the clock adds to a call's duration in its process; `peak_memory_bytes` the largest
+    resident memory of that process, and `peak_gpu_memory_bytes` what it held of its GPU's.
     """
 
     label: str
     backend: str
+    variant: str = "float32"
+    threads: int | None = None
     letter: str | None
     device: Device
     file: FileFacts | None
@@ -214,8 +220,8 @@ class Settings(_Frozen):
 class Result(_Frozen):
     """The whole file. `rows` and `ratios` can be derived again from `samples`.
 
-    `survey` is what `roofline` compares the rows with; None where it was not made.
-    `readings` are the machine's clocks, temperatures and power before the first block and after the last.
+    `survey` is what `roofline` compares the rows with; None where it was not made. `readings` are the machine's clocks,
+    temperatures and power before the first block and after the last. `command` is the command line that made it.
     """
 
     schema_version: Literal[2]
@@ -234,6 +240,7 @@ class Result(_Frozen):
     survey: Survey | None
     roofline: tuple[Point, ...]
     ratios: tuple[Ratio, ...]
+    command: str | None = None
 
 
 def check_writable(path: Path, option: str = "--json") -> None:

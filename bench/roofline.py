@@ -145,7 +145,7 @@ def _survey(place: Path, devices: tuple[RooflineDevice, ...], threads: int, prof
     configure_torch(Options(threads, profile))
     bundle = Bundle.open(place)
     try:
-        program = read_program(bundle, folded=False)
+        program = read_program(bundle.locate(bundle.entry("pt2", folded=False)))
     except BundleError:
         return None
     return Survey(count(bundle, program), tuple(_peak(device) for device in devices))

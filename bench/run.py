@@ -13,14 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bench import sensors
-from bench.backend import BACKENDS, Backend, Device, Options, Placement, Profile, Setting, find_backend
-from bench.bisect import Bisection
+from bench.backend import BACKENDS, Backend, Device, Options, Placement, Profile, Setting, file_of, find_backend
+from bench.bisect import Bisection, bisectable
 from bench.environment import Environment, cpu_busy_percent, describe, load_1min
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.parity import ParityVerdict, judge, worst_images
@@ -37,7 +37,7 @@ from bench.results import (
     WarmUpFacts,
 )
 from bench.roofline import Survey, survey
-from bench.summary import CONTROL_SUFFIX, LETTER_SIGN, decided, enough, ratios, roofline, rows
+from bench.summary import CONTROL_SUFFIX, decided, enough, label_of, ratios, roofline, rows
 from bench.worker import (
     BadBundle,
     Bisect,
@@ -57,7 +57,12 @@ from bench.worker import (
     Worker,
     WorkerFailure,
 )
-from export.bundle import Bundle, BundleError
+from export.bundle import FLOAT32, VARIANTS, Bundle, BundleError, FileEntry
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from export.bundle import Oracle
 
 Progress = Callable[[str, float], None]
 """Told what is being done and the share of the run that is done (0 to 1)."""
@@ -73,12 +78,24 @@ BISECTED_IMAGES = 8
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A backend with the variant of the file that it is to run, and the threads of its pool."""
+
+    backend: str
+    variant: str = FLOAT32
+    threads: int | None = None
+    """None: the plan's."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to run: with nothing else said, the parity alone.
 
     Attributes:
         bundles: what to run, in the same rounds; the first is what the others are compared with.
-        backends: names, or None for all that are available here (except ``null``).
+        backends: names, or None for all that are available here, but those that run on request only.
+        variants: of the files; each backend runs those that the bundle has for it.
+        choices: in place of `backends` and `variants`, each combination by itself.
         device: where no backend is named, only those on this device; None is all of them.
         control: the backends that also run the first bundle's unfolded file, if they run its folded one.
         rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
@@ -89,6 +106,7 @@ class Plan:
         time_limit_s: no further round begins when the run has taken this long; None is no limit.
         block_s: how long one timed block lasts, in seconds.
         timeout_s: how long a worker may take for one answer.
+        command: the command line, for the result.
         bisect: after which verdicts on an ONNX backend to look for the first node that diverges.
     """
 
@@ -106,6 +124,14 @@ class Plan:
     block_s: float = 0.0
     bisect: Literal["never", "failed", "always"] = "never"
     device: Device | None = None
+    variants: tuple[str, ...] = (FLOAT32,)
+    choices: tuple[Choice, ...] | None = None
+    command: str | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether somebody asked for these backends, and not for whatever there is."""
+        return self.backends is not None or self.choices is not None
 
 
 @dataclass(frozen=True)
@@ -115,13 +141,14 @@ class Subject:
     backend: Backend
     bundle: Bundle
     letter: str | None
-    folded: bool
+    options: Options
+    label: str
     control: bool = False
 
     @property
-    def label(self) -> str:
-        marked = "" if self.letter is None else f"{LETTER_SIGN}{self.letter}"
-        return self.backend.name + marked + (CONTROL_SUFFIX if self.control else "")
+    def entry(self) -> FileEntry | None:
+        """The file; None for the backend that computes nothing."""
+        return file_of(self.backend, self.bundle, self.options)
 
 
 class Lane:
@@ -182,9 +209,15 @@ def loaded(plan: Plan, progress: Progress) -> Iterator[Ready]:
     environment = describe()
     progress("starting the backends", 0.01)
     with _workers(plan, subjects) as lanes:
-        skipped += _load(lanes, asked=plan.backends is not None)
+        skipped += _load(lanes, asked=plan.named)
         facts = tuple(
-            BundleFacts(letter=letter, path=str(path), name=bundle.manifest.name, digest=bundle.digest)
+            BundleFacts(
+                letter=letter,
+                path=str(path),
+                name=bundle.manifest.name,
+                digest=bundle.digest,
+                fold=bundle.manifest.fold,
+            )
             for path, (letter, bundle) in zip(plan.bundles, bundles, strict=True)
         )
         yield Ready(facts, environment, lanes, tuple(skipped))
@@ -230,6 +263,7 @@ def run(plan: Plan, progress: Progress) -> Result:
         survey=surveyed,
         roofline=roofline(found, results, surveyed),
         ratios=ratios(samples, results),
+        command=plan.command,
     )
 
 
@@ -276,43 +310,99 @@ def _letters(bundles: list[Bundle]) -> list[tuple[str | None, Bundle]]:
 
 def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[Subject], list[Skipped]]:
     """The subjects of a run, and the backends that nobody named and a bundle has no file for. Raises BenchError."""
-    names = plan.backends or tuple(name for name in BACKENDS if name != "null" and _is_on(name, plan.device))
+    choices = plan.choices or _choices(plan)
     subjects: list[Subject] = []
     skipped: list[Skipped] = []
-    for name, (letter, bundle) in itertools.product(dict.fromkeys(names), bundles):
+    for (name, chosen), (letter, bundle) in itertools.product(_by_backend(choices).items(), bundles):
         backend = find_backend(name)
         first = letter == bundles[0][0]
-        if backend.format is None:
+        if not backend.formats:
             if first:
-                subjects.append(Subject(backend, bundle, None, folded=False))
+                subjects.append(_subject(chosen[0], bundle, None, plan, folded=False))
             continue
-        kinds = {
-            file.folded
-            for file in bundle.manifest.files
-            if (file.format, file.precision) == (backend.format, "float32")
-        }
-        if not kinds:
-            reason = f"the bundle at {bundle.path} has no {backend.format} file. Export it again with that format."
-            if plan.backends is not None:
+        found = [subject for choice in chosen for subject in _with_file(choice, bundle, letter, plan)]
+        made = list({subject.label: subject for subject in found}.values())
+        if not made:
+            wanted = ", ".join(dict.fromkeys(choice.variant for choice in chosen))
+            reason = (
+                f"the bundle at {bundle.path} has no {' or '.join(backend.formats)} file ({wanted}). Export it again: "
+                "python -m export --help says which options make one."
+            )
+            if plan.named:
                 raise BenchError(f"{name}: {reason}", EXIT_BAD_INPUT)
             skipped.append(Skipped(backend=name, reason=reason))
-            continue
-        folded = True in kinds and not backend.reference
-        subjects.append(Subject(backend, bundle, letter, folded))
-        if name in plan.control and first and folded and False in kinds:
-            subjects.append(Subject(backend, bundle, letter, folded=False, control=True))
+        subjects += made
+        control = _control(made, plan) if name in plan.control and first else None
+        if control is not None:
+            subjects.append(control)
+    _require_variants(plan, subjects)
     if plan.control and not any(subject.control for subject in subjects):
-        chosen = ", ".join(names)
+        names = ", ".join(_by_backend(choices))
         raise BenchError(
-            f"--control measures a folded file against its unfolded one, but none of the chosen backends ({chosen}) "
+            f"--control measures a folded file against its unfolded one, but none of the chosen backends ({names}) "
             "has both in this bundle. Choose onnx-cpu, for example.",
             EXIT_USAGE,
         )
     return subjects, skipped
 
 
-def _is_on(name: str, device: Device | None) -> bool:
-    return device is None or find_backend(name).device == device
+def _choices(plan: Plan) -> tuple[Choice, ...]:
+    """Every backend that was named, or that runs without being named, with every variant."""
+    unknown = [variant for variant in plan.variants if variant not in VARIANTS]
+    if unknown:
+        raise BenchError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}.", EXIT_USAGE)
+    names = plan.backends or tuple(name for name in BACKENDS if _runs_unasked(find_backend(name), plan.device))
+    return tuple(Choice(name, variant) for name in names for variant in plan.variants)
+
+
+def _runs_unasked(backend: Backend, device: Device | None) -> bool:
+    return not backend.on_request and device in (None, backend.device)
+
+
+def _by_backend(choices: Sequence[Choice]) -> dict[str, list[Choice]]:
+    grouped: dict[str, list[Choice]] = {}
+    for choice in dict.fromkeys(choices):
+        grouped.setdefault(choice.backend, []).append(choice)
+    return grouped
+
+
+def _with_file(choice: Choice, bundle: Bundle, letter: str | None, plan: Plan) -> list[Subject]:
+    """The subject of a choice, none where the bundle has no such file. The reference runs but its one file."""
+    backend = find_backend(choice.backend)
+    if backend.reference:
+        choice = replace(choice, variant=FLOAT32)
+    kinds = [False] if backend.reference else [True, False]
+    made = [_subject(choice, bundle, letter, plan, folded) for folded in kinds]
+    return [subject for subject in made if subject.entry is not None][:1]
+
+
+def _subject(choice: Choice, bundle: Bundle, letter: str | None, plan: Plan, folded: bool) -> Subject:
+    options = Options(choice.threads or plan.threads, plan.profile, folded, choice.variant)
+    other_threads = None if options.threads == plan.threads else options.threads
+    label = label_of(choice.backend, choice.variant, other_threads, letter)
+    return Subject(find_backend(choice.backend), bundle, letter, options, label)
+
+
+def _control(made: Sequence[Subject], plan: Plan) -> Subject | None:
+    """The float32 file's unfolded twin, where both are there."""
+    for subject in made:
+        options = replace(subject.options, folded=False)
+        if subject.options.folded and subject.options.variant == FLOAT32:
+            twin = replace(subject, options=options, label=subject.label + CONTROL_SUFFIX, control=True)
+            return twin if twin.entry is not None else None
+    return None
+
+
+def _require_variants(plan: Plan, subjects: Sequence[Subject]) -> None:
+    """Raises BenchError (bad input) for a variant that was asked for and that no backend has a file of."""
+    have = {subject.options.variant for subject in subjects}
+    missing = [variant for variant in plan.variants if variant not in have]
+    if missing and plan.choices is None and plan.variants != (FLOAT32,):
+        raise BenchError(
+            f"no backend that was chosen has a {missing[0]} file in this bundle. Export it again with --variant "
+            f"{missing[0]}, or name a backend that runs such files with --backend.",
+            EXIT_BAD_INPUT,
+        )
 
 
 @contextmanager
@@ -324,8 +414,7 @@ def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[Lane]]:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         try:
             for subject in subjects:
-                options = Options(plan.threads, plan.profile, subject.folded)
-                job = Job(subject.label, BACKENDS[subject.backend.name], subject.bundle.path, options)
+                job = Job(subject.label, BACKENDS[subject.backend.name], subject.bundle.path, subject.options)
                 lanes.append(Lane(subject, Worker(job, plan.timeout_s, Path(folder))))
             yield lanes
             for lane in lanes:
@@ -400,15 +489,16 @@ def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress:
 
     for lane in lanes:
         step(f"parity of {lane.subject.label}")
-        if lane.failure is not None or lane.subject.backend.format is None:
+        if lane.failure is not None or not lane.subject.backend.formats:
             continue
         evaluated = lane.ask(Evaluate(PARITY_BATCH_SIZE), Evaluated)
         if evaluated is not None:
-            bundle = lane.subject.bundle
-            lane.parity = judge(evaluated.logits, bundle.oracle(), bundle.manifest.tolerances, plan.profile)
+            subject = lane.subject
+            oracle = subject.bundle.oracle()
+            lane.parity = verdict_of(subject, evaluated.logits, oracle)
             wanted = plan.bisect == "always" or (plan.bisect == "failed" and not lane.parity.passed)
-            if wanted and lane.subject.backend.format == "onnx":
-                worst = worst_images(evaluated.logits, bundle.oracle(), BISECTED_IMAGES)
+            if wanted and bisectable(subject.backend, subject.options.variant):
+                worst = worst_images(evaluated.logits, oracle, BISECTED_IMAGES)
                 lane.bisection = lane.ask(Bisect(worst), Bisection)
     if not rounds:
         return ()
@@ -430,9 +520,15 @@ def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress:
                 step(f"round {round_ + 1}: {lane.subject.label}, batch {batch_size}")
                 if lane.failure is None:
                     # The CPUs change when everyone has been the first on them.
-                    cpus = cpus_for(round_ // len(lanes), plan.threads)
+                    cpus = cpus_for(round_ // len(lanes), lane.subject.options.threads)
                     samples += _turn(lane, Measure(batch_size, plan.block_s, cpus), round_, position)
     return tuple(samples)
+
+
+def verdict_of(subject: Subject, logits: np.ndarray, oracle: Oracle) -> ParityVerdict:
+    """The verdict on a subject's logits of all of its oracle's inputs."""
+    precision = FLOAT32 if subject.entry is None else subject.entry.precision
+    return judge(logits, oracle, subject.bundle.manifest.tolerances, subject.options.profile, precision)
 
 
 def _survey(plan: Plan, lanes: list[Lane], progress: Progress) -> Survey | None:
@@ -494,16 +590,22 @@ def _turn(lane: Lane, request: Measure, round_: int, position: int) -> list[Samp
 
 def subject_result(lane: Lane) -> SubjectResult:
     """What is known of a lane by now."""
-    backend, bundle = lane.subject.backend, lane.subject.bundle
+    backend, entry = lane.subject.backend, lane.subject.entry
     file = None
-    if backend.format is not None:
-        entry = bundle.entry(backend.format, folded=lane.subject.folded)
+    if entry is not None:
         file = FileFacts(
-            path=entry.path, sha256=entry.sha256, folded=entry.folded, precision=entry.precision, opset=entry.opset
+            path=entry.path,
+            sha256=entry.sha256,
+            folded=entry.folded,
+            precision=entry.precision,
+            opset=entry.opset,
+            bytes=entry.bytes + sum(companion.bytes for companion in entry.companions),
         )
     return SubjectResult(
         label=lane.subject.label,
         backend=backend.name,
+        variant=lane.subject.options.variant,
+        threads=lane.subject.options.threads,
         letter=lane.subject.letter,
         device=backend.device,
         file=file,

@@ -36,9 +36,8 @@ from bench.loadgen import (
     read_summary,
     read_version,
 )
-from bench.parity import judge
 from bench.results import BundleFacts, Skipped, SubjectResult
-from bench.run import Lane, Plan, Progress, loaded, subject_result
+from bench.run import Lane, Plan, Progress, loaded, subject_result, verdict_of
 from bench.worker import Drive, Measure, Measured, Prepare, Prepared, WorkerFailure
 
 # The search for the highest rate ends when the rate that held and the one that didn't are this close.
@@ -256,7 +255,7 @@ class _Test:
         """Warm up, prove, measure. A failure of the worker ends this and is the lane's from then on."""
         try:
             fastest_s, usual_s = self._call_s()
-            if self._lane.subject.backend.format is not None:
+            if self._lane.subject.backend.formats:
                 self._prove(fastest_s, usual_s)
             self._measure(fastest_s, usual_s)
         except WorkerFailure as failure:
@@ -300,13 +299,12 @@ class _Test:
 
     def _prove(self, fastest_s: float, usual_s: float) -> None:
         self._show("LoadGen's accuracy mode")
-        bundle = self._lane.subject.bundle
-        oracle = bundle.oracle()
+        oracle = self._lane.subject.bundle.oracle()
         folder = self._folder / "accuracy"
         load = self._load(1 / max(fastest_s, SHORTEST_QUERY_S), accuracy=True)
         self._drive(load, folder, usual_s * len(oracle.logits) / load.images_per_call)
         logits = read_outputs(folder, oracle.logits.shape)
-        self._lane.parity = judge(logits, oracle, bundle.manifest.tolerances, self._plan.profile)
+        self._lane.parity = verdict_of(self._lane.subject, logits, oracle)
 
     def _measure(self, fastest_s: float, usual_s: float) -> None:
         wanted = self._wanted

@@ -76,6 +76,7 @@ class Suite(_Frozen):
 class Wanted:
     """What was asked for. No backends: all that are available. No batch sizes: those of each device."""
 
+    command: str
     bundle: Path
     backends: tuple[str, ...]
     batch_sizes: tuple[int, ...]
@@ -210,6 +211,7 @@ def _plan(wanted: Wanted, leg: Leg, seconds: float) -> Plan:
             time_limit_s=seconds,
             block_s=wanted.block_s,
             bisect="failed",
+            command=wanted.command,
         )
     )
 

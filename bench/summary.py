@@ -28,6 +28,16 @@ CONFIRMED_ROUNDS = 20
 ENERGY_FROM_S = 2.0
 
 
+def label_of(backend: str, variant: str = "float32", threads: int | None = None, letter: str | None = None) -> str:
+    """What a subject is called: `threads` only where they are not the run's, `letter` only where there are bundles."""
+    return (
+        backend
+        + ("" if variant == "float32" else f":{variant}")
+        + ("" if threads is None else f"/{threads}")
+        + ("" if letter is None else LETTER_SIGN + letter)
+    )
+
+
 def derived(result: Result) -> Result:
     """The result with its rows, roofline and ratios computed anew from its raw samples."""
     found = rows(result.samples, result.subjects)
@@ -159,13 +169,13 @@ def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tupl
     base = next((subject.letter for subject in subjects if subject.letter is not None), None)
     pairs: list[tuple[Against, str, str]] = []
     for subject in subjects:
-        marked = "" if subject.letter is None else LETTER_SIGN + subject.letter
-        reference = f"torch-{subject.device}{marked}"
+        reference = label_of(f"torch-{subject.device}", letter=subject.letter)
         if reference in labels and subject.label != reference:
             pairs.append(("torch", subject.label, reference))
         if subject.label + CONTROL_SUFFIX in labels:
             pairs.append(("control", subject.label, subject.label + CONTROL_SUFFIX))
-        if subject.letter not in (None, base) and (first := f"{subject.backend}{LETTER_SIGN}{base}") in labels:
+        first = subject.label.replace(LETTER_SIGN + (subject.letter or ""), LETTER_SIGN + (base or ""))
+        if subject.letter not in (None, base) and first in labels:
             pairs.append(("base", subject.label, first))
     found = []
     for against, numerator, denominator in pairs:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from bench.backend import Backend, Options, Placement, Session, Setting, resolve
-from bench.bisect import Bisection, bisect
+from bench.bisect import Bisection, bisect, bisectable
 from bench.loadgen import Driven, Load, drive
 from bench.measure import Block, Timing, WarmUp, timed_block, timer_overhead_ns, wait_until_quiet, warm_up
 from bench.sensors import energy_j, gpu_memory_of_this_process_bytes
@@ -280,9 +280,10 @@ class _Model:
         return Measured(blocks, wait_until_quiet(), _peak_memory_bytes(), gpu_memory_of_this_process_bytes())
 
     def _bisect(self, images: tuple[int, ...]) -> Bisection:
-        if self._backend.format != "onnx" or self._backend.device == "none":
-            raise TypeError(f"{self._backend.name} runs no ONNX file, so there are no nodes to compare")
-        return bisect(self._bundle, self._session, self._backend.device, self._options, images)
+        device = self._backend.device
+        if device == "none" or not bisectable(self._backend, self._options.variant):
+            raise TypeError(f"{self._backend.name} runs no float32 ONNX file, so there are no nodes to compare")
+        return bisect(self._bundle, self._session, device, self._options, images)
 
     def _calls(self, batch_size: int) -> dict[Timing, Callable[[], object]]:
         """The two things that are timed, on the first `batch_size` inputs of the oracle (again from the start if it has
@@ -354,7 +355,7 @@ class Worker:
     def __init__(self, job: Job, timeout_s: float, log_folder: Path) -> None:
         self.job = job
         self._timeout_s = timeout_s
-        self._log = log_folder / f"{job.label.replace(':', '-')}.log"
+        self._log = log_folder / f"{job.label.replace(':', '-').replace('/', '-')}.log"
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, job, str(self._log))

@@ -11,20 +11,27 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.fold.report import FoldReport
+from export.fold.report import FoldReport as FoldReport  # part of the contract: readers take it from here
 from trainer.errors import UserError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 
-Format = Literal["pt2", "torchscript", "onnx"]
-Precision = Literal["float32"]
+Format = Literal["pt2", "torchscript", "onnx", "openvino", "aoti-cpu", "aoti-cuda"]
+"""`aoti-…` is torch's program compiled ahead of time, for the kind of machine that exported it."""
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Takes = Literal["preprocessed", "raw"]
+"""What a file takes: the model's input, or the raw input, and then the preprocessing is inside."""
 Dimension = int | str
+RAW_SUFFIX = "-raw"
+FLOAT32 = "float32"
+VARIANTS = tuple(precision + suffix for suffix in ("", RAW_SUFFIX) for precision in get_args(Precision))
+"""Every name that `FileEntry.variant` can have."""
 
 
 class BundleError(UserError):
@@ -82,12 +89,22 @@ class DataFile(_Frozen):
 
 
 class FileEntry(DataFile):
-    """A file that a runtime loads. `folded` is False for the control: the same model exported without folding."""
+    """A file that a runtime loads. `folded` is False for the control: the same model exported without folding.
+
+    `companions` are files that must lie beside it, such as the weights of an OpenVINO model.
+    """
 
     format: Format
     precision: Precision
     folded: bool
+    takes: Takes = "preprocessed"
     opset: int | None = None
+    companions: tuple[DataFile, ...] = ()
+
+    @property
+    def variant(self) -> str:
+        """Its kind by what changes the numbers: its precision and what it takes, for example ``int8-raw``."""
+        return self.precision + (RAW_SUFFIX if self.takes == "raw" else "")
 
 
 class Source(_Frozen):
@@ -108,6 +125,9 @@ class Tolerances(_Frozen):
     strict_flip_margin: float = 1e-4
     fast_top1_points: float = 0.05
     fast_flips_percent: float = 0.1
+    int8_top1_points: float = 0.1
+    int8_p_value: float = 0.01
+    int8_flips_percent_without_labels: float = 1.0
     float32_rms_error: float
     """RMS error of the logits that float32 torch on the CPU makes against the oracle on the exporting machine."""
 
@@ -148,6 +168,10 @@ class Oracle:
     raw: np.ndarray
     labels: np.ndarray | None
     logits: np.ndarray
+
+
+def _kind(format: Format, variant: str, folded: bool) -> str:
+    return f"{format}/{variant}/{'folded' if folded else 'unfolded'}"
 
 
 def sha256_file(path: Path) -> str:
@@ -204,19 +228,27 @@ class Bundle:
         for entry in (*self.manifest.files, self.manifest.checkpoint, self.manifest.oracle):
             self.locate(entry)
 
-    def entry(self, format: Format, precision: Precision = "float32", folded: bool = True) -> FileEntry:
-        """The one file of that kind. Raises BundleError where the bundle has none."""
+    def find(self, format: Format, variant: str = FLOAT32, folded: bool = True) -> FileEntry | None:
+        """The one file of that kind, None where the bundle has none."""
         for file in self.manifest.files:
-            if (file.format, file.precision, file.folded) == (format, precision, folded):
+            if (file.format, file.variant, file.folded) == (format, variant, folded):
                 return file
-        have = ", ".join(
-            f"{f.format}/{f.precision}/{'folded' if f.folded else 'unfolded'}" for f in self.manifest.files
-        )
-        wanted = f"{format}/{precision}/{'folded' if folded else 'unfolded'}"
-        raise BundleError(f"the bundle at {self.path} has no {wanted} file; it has {have}. Export it again.")
+        return None
+
+    def entry(self, format: Format, variant: str = FLOAT32, folded: bool = True) -> FileEntry:
+        """The one file of that kind. Raises BundleError where the bundle has none."""
+        found = self.find(format, variant, folded)
+        if found is None:
+            have = ", ".join(_kind(file.format, file.variant, file.folded) for file in self.manifest.files)
+            wanted = _kind(format, variant, folded)
+            raise BundleError(f"the bundle at {self.path} has no {wanted} file; it has {have}. Export it again.")
+        return found
 
     def locate(self, entry: DataFile) -> Path:
-        """The file's path, after its size and hash were checked. Raises BundleError."""
+        """The file's path, after its size and hash were checked, and those of its companions. Raises BundleError."""
+        if isinstance(entry, FileEntry):
+            for companion in entry.companions:
+                self.locate(companion)
         path = self.path / entry.path
         try:
             size, found = path.stat().st_size, sha256_file(path)

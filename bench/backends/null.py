@@ -24,8 +24,9 @@ class Null:
 
     name: ClassVar[str] = "null"
     device: ClassVar[Device] = "none"
-    format: ClassVar[Format | None] = None
+    formats: ClassVar[tuple[Format, ...]] = ()
     reference: ClassVar[bool] = False
+    on_request: ClassVar[bool] = True
 
     def unavailable_reason(self) -> str | None:
         return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, Profile, Session, Setting
+from bench.backend import Backend, Options, Placement, Profile, Session, Setting, input_of, locate, preparation
 from bench.backends.torch_runtime import GpuMemory, TorchDevice, torch_unavailable_reason
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class Onnx:
     """An ONNX file with all of the runtime's own graph optimisations, as a user would load it."""
 
     device: TorchDevice
-    format: ClassVar[Format | None] = "onnx"
+    formats: ClassVar[tuple[Format, ...]] = ("onnx",)
     reference: ClassVar[bool] = False
+    on_request: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -90,16 +91,16 @@ class Onnx:
         return None
 
     def load(self, bundle: Bundle, options: Options) -> Session:
-        path = bundle.locate(bundle.entry("onnx", folded=options.folded))
+        path = locate(self, bundle, options)
         if self.device == "cuda":
             return _load_on_gpu(path, bundle, options)
         session = open_session(str(path), "cpu", options)
-        return CpuSession(session, bundle, read_placement(session, "cpu", path), _settings(session, "cpu"))
+        return CpuSession(session, bundle, options, read_placement(session, "cpu", path), _settings(session, "cpu"))
 
 
 def _load_on_gpu(path: Path, bundle: Bundle, options: Options) -> Session:
     """The session captures CUDA graphs where onnxruntime can do that for this model, and runs without where not."""
-    memory = GpuMemory(bundle)  # imports torch, before onnxruntime, so that both use one CUDA and one cuDNN
+    memory = GpuMemory(bundle, options)  # imports torch, before onnxruntime, so that both use one CUDA and one cuDNN
     shared = {"user_compute_stream": str(memory.stream.cuda_stream)}
     graph: dict[str, Setting] = {"cuda_graph": True}
     try:
@@ -108,7 +109,7 @@ def _load_on_gpu(path: Path, bundle: Bundle, options: Options) -> Session:
         session = open_session(str(path), "cuda", options, shared)
         graph = {"cuda_graph": False, "cuda_graph_refused": " ".join(str(error).split())}
     placement = read_placement(session, "cuda", path)
-    return CudaSession(session, bundle, memory, placement, _settings(session, "cuda") | graph)
+    return CudaSession(session, bundle, options, memory, placement, _settings(session, "cuda") | graph)
 
 
 def open_session(
@@ -233,9 +234,11 @@ def _settings(session: Any, device: TorchDevice) -> dict[str, Setting]:
 class OnnxSession:
     """What a session on either device has: the loaded model, its names, and what is known of it."""
 
-    def __init__(self, session: Any, bundle: Bundle, placement: Placement, settings: dict[str, Setting]) -> None:
+    def __init__(
+        self, session: Any, bundle: Bundle, options: Options, placement: Placement, settings: dict[str, Setting]
+    ) -> None:
         self._session = session
-        self._input_name = bundle.manifest.input.name
+        self._input_name = input_of(bundle, options).name
         self._output_name = bundle.manifest.output.name
         self._placement = placement
         self._settings = settings
@@ -258,14 +261,15 @@ class CpuSession(OnnxSession):
     save.
     """
 
-    def __init__(self, session: Any, bundle: Bundle, placement: Placement, settings: dict[str, Setting]) -> None:
-        super().__init__(session, bundle, placement, settings)
-        self._preprocessing = bundle.manifest.preprocessing
-        self._input_shape = bundle.manifest.input.shape
+    def __init__(
+        self, session: Any, bundle: Bundle, options: Options, placement: Placement, settings: dict[str, Setting]
+    ) -> None:
+        super().__init__(session, bundle, options, placement, settings)
+        self._prepare = preparation(bundle, options)
         self._outputs = [self._output_name]
 
     def prepare(self, raw: np.ndarray) -> np.ndarray:
-        return self._preprocessing.apply(raw, self._input_shape)
+        return self._prepare(raw)
 
     def run(self, prepared: np.ndarray) -> np.ndarray:
         output: np.ndarray = self._session.run(self._outputs, {self._input_name: prepared})[0]
@@ -293,9 +297,15 @@ class CudaSession(OnnxSession):
     """
 
     def __init__(
-        self, session: Any, bundle: Bundle, memory: GpuMemory, placement: Placement, settings: dict[str, Setting]
+        self,
+        session: Any,
+        bundle: Bundle,
+        options: Options,
+        memory: GpuMemory,
+        placement: Placement,
+        settings: dict[str, Setting],
     ) -> None:
-        super().__init__(session, bundle, placement, settings)
+        super().__init__(session, bundle, options, placement, settings)
         self._memory = memory
         self._output_sizes = tuple(size for size in bundle.manifest.output.shape[1:] if isinstance(size, int))
         self._bound: dict[int, Bound] = {}
@@ -325,9 +335,9 @@ class CudaSession(OnnxSession):
 
         logits = torch.empty((len(tensor), *self._output_sizes), dtype=torch.float32, device="cuda")
         binding = self._session.io_binding()
-        place = ("cuda", 0, np.float32)
-        binding.bind_input(self._input_name, *place, tuple(tensor.shape), tensor.data_ptr())
-        binding.bind_output(self._output_name, *place, tuple(logits.shape), logits.data_ptr())
+        taken = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
+        binding.bind_input(self._input_name, "cuda", 0, taken, tuple(tensor.shape), tensor.data_ptr())
+        binding.bind_output(self._output_name, "cuda", 0, np.float32, tuple(logits.shape), logits.data_ptr())
         run_options = onnxruntime.RunOptions()
         run_options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
         return Bound(binding, run_options, tensor, logits)

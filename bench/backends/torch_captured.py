@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Device, Options, Placement, Setting
+from bench.backend import Backend, Device, Options, Placement, Setting, locate
 from bench.backends.torch_program import load_program
 from bench.backends.torch_runtime import GpuMemory, TorchSession, configure_torch, torch_unavailable_reason
 
@@ -35,8 +35,9 @@ class CapturedProgram:
 
     compiled: bool
     device: ClassVar[Device] = "cuda"
-    format: ClassVar[Format | None] = "pt2"
+    formats: ClassVar[tuple[Format, ...]] = ("pt2",)
     reference: ClassVar[bool] = False
+    on_request: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -61,9 +62,9 @@ class CapturedProgram:
 
         configure_torch(options)
         torch.backends.cudnn.benchmark = True
-        module, placement = load_program(bundle, "cuda", folded=options.folded)
+        module, placement = load_program(locate(self, bundle, options), "cuda")
         run: Any = torch.compile(module) if self.compiled else module
-        return CapturedSession(run, bundle, placement, {"compiled": self.compiled})
+        return CapturedSession(run, bundle, options, placement, {"compiled": self.compiled})
 
 
 class CapturedSession(TorchSession):
@@ -71,8 +72,10 @@ class CapturedSession(TorchSession):
 
     _memory: GpuMemory
 
-    def __init__(self, module: Any, bundle: Bundle, placement: Placement, settings: dict[str, Setting]) -> None:
-        super().__init__(module, bundle, "cuda", placement, settings | {"cuda_graph": True})
+    def __init__(
+        self, module: Any, bundle: Bundle, options: Options, placement: Placement, settings: dict[str, Setting]
+    ) -> None:
+        super().__init__(module, bundle, "cuda", options, placement, settings | {"cuda_graph": True})
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def run(self, prepared: torch.Tensor) -> torch.Tensor:

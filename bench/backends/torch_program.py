@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement
+from bench.backend import Backend, Options, Placement, locate
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
@@ -29,8 +30,9 @@ class TorchProgram:
     """The exported program, run node by node by torch."""
 
     device: TorchDevice
-    format: ClassVar[Format | None] = "pt2"
+    formats: ClassVar[tuple[Format, ...]] = ("pt2",)
     reference: ClassVar[bool] = True
+    on_request: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -41,16 +43,16 @@ class TorchProgram:
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         configure_torch(options)
-        module, placement = load_program(bundle, self.device, folded=options.folded)
-        return TorchSession(module, bundle, self.device, placement, {})
+        module, placement = load_program(locate(self, bundle, options), self.device)
+        return TorchSession(module, bundle, self.device, options, placement, {})
 
 
-def load_program(bundle: Bundle, device: TorchDevice, *, folded: bool) -> tuple[torch.fx.GraphModule, Placement]:
-    """The bundle's program as a module on `device`, and where its nodes and tensors are. Raises BundleError."""
+def load_program(path: Path, device: TorchDevice) -> tuple[torch.fx.GraphModule, Placement]:
+    """The program in a file as a module on `device`, and where its nodes and tensors are."""
     import torch
     from torch.export.passes import move_to_device_pass
 
-    program = read_program(bundle, folded=folded)
+    program = read_program(path)
     # `.to(device)` would move the weights only; this moves the constants and device arguments of the graph as well.
     exported = move_to_device_pass(program, device).module(check_guards=False)
     # The exported module checks its input at every call, which the user's own eager module would not do, and its
@@ -59,14 +61,14 @@ def load_program(bundle: Bundle, device: TorchDevice, *, folded: bool) -> tuple[
     return module, _placement(module, device)
 
 
-def read_program(bundle: Bundle, *, folded: bool) -> torch.export.ExportedProgram:
-    """The bundle's program, on the CPU. Raises BundleError."""
+def read_program(path: Path) -> torch.export.ExportedProgram:
+    """The program in a file, on the CPU."""
     import torch
 
     with warnings.catch_warnings():
         # torch 2.11 says so of its own reading of the archive.
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.export.load(bundle.locate(bundle.entry("pt2", folded=folded)))
+        return torch.export.load(str(path))
 
 
 def _placement(module: Any, device: TorchDevice) -> Placement:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from bench.backend import Options, Placement, Profile, Setting
+from bench.backend import Options, Placement, Profile, Setting, takes_raw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -108,10 +108,14 @@ def torch_settings(device: TorchDevice) -> dict[str, Setting]:
 
 
 class TorchInput:
-    """From raw input to the model's input on a device: the bundle's expression, step by step, in torch."""
+    """From raw input to what the file takes, on a device: the bundle's expression, step by step, in torch; nothing of
+    it for a file that takes the raw input.
+    """
 
-    def __init__(self, bundle: Bundle, device: TorchDevice) -> None:
+    def __init__(self, bundle: Bundle, device: TorchDevice, options: Options) -> None:
         import torch
+
+        self.takes_raw = takes_raw(options)
 
         self._torch = torch
         self._preprocessing = bundle.manifest.preprocessing
@@ -136,7 +140,9 @@ class TorchInput:
         return self._shapes[key]
 
     def preprocess(self, raw: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
-        """Raw [N, …] on the device → float32 [N, *sizes], contiguous."""
+        """Raw [N, …] on the device → float32 [N, *sizes], contiguous; or the raw array itself."""
+        if self.takes_raw:
+            return raw
         shaped = raw.reshape(len(raw), *sizes).to(self._torch.float32)
         return (shaped * self._scale - self._mean) / self._std
 
@@ -144,11 +150,11 @@ class TorchInput:
 class CpuMemory:
     """The way of an image to a model on the CPU, and of its logits back: host memory all along."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._input = TorchInput(bundle, "cpu")
+    def __init__(self, bundle: Bundle, options: Options) -> None:
+        self._input = TorchInput(bundle, "cpu", options)
 
     def prepare(self, raw: np.ndarray) -> torch.Tensor:
-        """Raw [N, …] → float32 [N, *input.shape[1:]]."""
+        """Raw [N, …] → what the file takes: float32 [N, *input.shape[1:]], or `raw` itself."""
         with self._input._torch.inference_mode():
             return self._input.preprocess(self._input._torch.from_numpy(raw), self._input.sizes(raw))
 
@@ -170,13 +176,13 @@ class CpuMemory:
 class Slot:
     """The memory that images of one shape pass through: `staging` is pinned, the others are on the GPU.
 
-    `preprocess` is the captured graph that makes `prepared` of `raw`.
+    `preprocess` is the captured graph that makes `prepared` of `raw`; None where the file takes `raw` itself.
     """
 
     staging: torch.Tensor
     raw: torch.Tensor
     prepared: torch.Tensor
-    preprocess: torch.cuda.CUDAGraph
+    preprocess: torch.cuda.CUDAGraph | None
 
 
 class GpuMemory:
@@ -187,18 +193,18 @@ class GpuMemory:
     the GPU from pinned memory (a quarter of the bytes where they are uint8) and are preprocessed there by one replay.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, options: Options) -> None:
         import torch
 
         self._torch = torch
-        self._input = TorchInput(bundle, "cuda")
+        self._input = TorchInput(bundle, "cuda", options)
         self._slots: dict[tuple[tuple[int, ...], np.dtype[Any]], Slot] = {}
         self._pinned: dict[tuple[int, ...], torch.Tensor] = {}
         torch.cuda.synchronize()  # the constants above were made on another stream
         self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def prepare(self, raw: np.ndarray) -> torch.Tensor:
-        """Raw [N, …] in host memory → float32 [N, *input.shape[1:]] on the GPU, queued on the stream.
+        """Raw [N, …] in host memory → what the file takes, on the GPU, queued on the stream.
 
         The same tensor for every raw array of a shape.
         """
@@ -211,7 +217,8 @@ class GpuMemory:
             self.stream.synchronize()  # a copy from `staging` may still be under way
             slot.staging.copy_(torch.from_numpy(raw))
             slot.raw.copy_(slot.staging, non_blocking=True)
-            slot.preprocess.replay()
+            if slot.preprocess is not None:
+                slot.preprocess.replay()
         return slot.prepared
 
     def complete(self, call: Callable[[], T]) -> T:
@@ -262,6 +269,8 @@ class GpuMemory:
         torch = self._torch
         staging = torch.empty_like(torch.from_numpy(raw), pin_memory=True)
         on_gpu = torch.zeros_like(staging, device="cuda")
+        if self._input.takes_raw:
+            return Slot(staging, on_gpu, on_gpu, None)
         sizes = self._input.sizes(raw)
         graph, prepared = self.captured(lambda: self._input.preprocess(on_gpu, sizes))
         return Slot(staging, on_gpu, prepared, graph)
@@ -277,6 +286,7 @@ class TorchSession:
         module: Any,
         bundle: Bundle,
         device: TorchDevice,
+        options: Options,
         placement: Placement,
         settings: dict[str, Setting],
     ) -> None:
@@ -284,7 +294,7 @@ class TorchSession:
 
         self._inference_mode = torch.inference_mode
         self._module = module
-        self._memory = GpuMemory(bundle) if device == "cuda" else CpuMemory(bundle)
+        self._memory = GpuMemory(bundle, options) if device == "cuda" else CpuMemory(bundle, options)
         self._placement = placement
         self._settings = torch_settings(device) | settings
 

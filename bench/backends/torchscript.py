@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, Setting
+from bench.backend import Backend, Options, Placement, Setting, locate
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
@@ -36,8 +36,9 @@ class TorchScript:
     """A scripted module as `torch.jit.load` gives it, without further optimisation."""
 
     device: TorchDevice
-    format: ClassVar[Format | None] = "torchscript"
+    formats: ClassVar[tuple[Format, ...]] = ("torchscript",)
     reference: ClassVar[bool] = False
+    on_request: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -57,7 +58,7 @@ class TorchScript:
         import torch
 
         configure_torch(options)
-        path = bundle.locate(bundle.entry("torchscript", folded=options.folded))
+        path = locate(self, bundle, options)
         load: Any = torch.jit.load
         with warnings.catch_warnings():
             for kind in (FutureWarning, DeprecationWarning):  # what the module docstring says; which kind depends
@@ -66,7 +67,7 @@ class TorchScript:
         settings: dict[str, Setting] = {"optimised_for_inference": False}
         if (tf32 := convolutions_allow_tf32(module)) is not None:
             settings["file_allows_tf32_in_convolutions"] = tf32
-        return TorchSession(module, bundle, self.device, _placement(module, self.device), settings)
+        return TorchSession(module, bundle, self.device, options, _placement(module, self.device), settings)
 
 
 def convolutions_allow_tf32(module: Any) -> bool | None:

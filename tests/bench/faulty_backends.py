@@ -22,7 +22,8 @@ class Faulty:
 
     name: str
     device: str = "cpu"
-    format: str = "onnx"
+    formats: tuple[str, ...] = ("onnx",)
+    on_request: bool = False
     reference: bool = False
     reason: str | None = None
 
@@ -95,7 +96,7 @@ class Lying(Onnx):
     def load(self, bundle: Bundle, options: Options) -> Session:
         path = bundle.locate(bundle.entry("onnx", folded=options.folded))
         session = open_session(str(path), "cuda", options)
-        return CpuSession(session, bundle, read_placement(session, "cuda", path), {})
+        return CpuSession(session, bundle, options, read_placement(session, "cuda", path), {})
 
 
 CRASHING = Faulty("crashing")

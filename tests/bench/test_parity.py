@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench.backend import Options, Profile, Session, find_backend
-from bench.parity import TF32_ROUNDING, judge, worst_images
+from bench.parity import ROUNDING, judge, worst_images
 from export.bundle import Bundle, Oracle, Tolerances
 
 E32 = 1e-6
@@ -57,6 +57,54 @@ def test_strict_forgives_a_flip_of_a_tie_only(margin: float, passes: bool, score
     assert flip.margin == pytest.approx(margin)
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("flips", "passes"), [(2, True), (3, False)])
+def test_half_precisions_are_held_to_the_fast_row_whatever_the_profile(
+    precision: str, flips: int, passes: bool, scores: np.ndarray
+) -> None:
+    found = flipped(scores, flips) + 1e-3
+    assert judge(found, oracle_of(scores), TOLERANCES, Profile.STRICT, precision).passed is passes
+    assert not judge(found, oracle_of(scores), TOLERANCES, Profile.STRICT).passed
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "failure"),
+    [(2, 0, None), (3, 0, "further apart than 0.1 points"), (2, 2, None), (13, 11, None), (14, 2, "exact McNemar")],
+)
+def test_int8_may_flip_but_neither_lose_nor_lean_to_one_side(
+    lost: int, won: int, failure: str | None, scores: np.ndarray
+) -> None:
+    labels = scores.argmax(1)
+    labels[100 : 100 + won] = np.roll(scores, 1, axis=1).argmax(1)[100 : 100 + won]
+    found = scores.copy()
+    for changed in (slice(0, lost), slice(100, 100 + won)):
+        found[changed] = np.roll(found[changed], 1, axis=1)
+    verdict = judge(found, oracle_of(scores, labels), TOLERANCES, Profile.STRICT, "int8")
+    assert verdict.flips is not None
+    assert len(verdict.flips) == lost + won
+    assert verdict.mcnemar is not None
+    assert (verdict.mcnemar.b, verdict.mcnemar.c) == (lost, won)
+    assert verdict.passed is (failure is None)
+    assert failure is None or any(failure in said for said in verdict.failures)
+
+
+@pytest.mark.parametrize(("flips", "passes"), [(20, True), (21, False)])
+def test_int8_without_labels_may_flip_one_percent(flips: int, passes: bool, scores: np.ndarray) -> None:
+    verdict = judge(flipped(scores, flips), oracle_of(scores), TOLERANCES, Profile.STRICT, "int8")
+    assert verdict.passed is passes
+
+
+def test_the_errors_of_the_images_are_counted_by_size(scores: np.ndarray) -> None:
+    found = scores.copy()
+    found[0, 3] += 2e-4
+    found[1, 5] = np.inf
+    errors = judge(found, oracle_of(scores), TOLERANCES, Profile.STRICT).errors
+    assert errors is not None
+    place = int((np.log10(2e-4) - errors.log10_from) / errors.log10_step)
+    assert (errors.counts[0], errors.counts[place], errors.counts[-1]) == (1998, 1, 1)
+    assert sum(errors.counts) == 2000
+
+
 @pytest.mark.parametrize(("flips", "passes"), [(2, True), (3, False)])
 def test_fast_limits_the_share_of_flips(flips: int, passes: bool, scores: np.ndarray) -> None:
     verdict = judge(flipped(scores, flips), oracle_of(scores), TOLERANCES, Profile.FAST)
@@ -101,7 +149,7 @@ def test_outputs_that_are_no_class_scores_have_no_flips(shape: tuple[int, ...]) 
     assert strict.top1_percent is None
     assert not strict.passed
     assert judge(off, oracle, TOLERANCES, Profile.FAST).passed
-    assert not judge(oracle.logits + 4.1 * TF32_ROUNDING * E32, oracle, TOLERANCES, Profile.FAST).passed
+    assert not judge(oracle.logits + 4.1 * ROUNDING["float32"] * E32, oracle, TOLERANCES, Profile.FAST).passed
 
 
 @pytest.mark.parametrize(

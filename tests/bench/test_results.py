@@ -89,7 +89,7 @@ def test_every_measured_number_has_its_unit_in_its_name() -> None:
     schema = Result.model_json_schema()
     definitions = schema["$defs"]
     without = {"Spread", "Percentiles"}  # the unit stands in the name of the field that holds them
-    dimensionless = {"McNemar", "Divergence", "PairedRatio", "Flip"}
+    dimensionless = {"McNemar", "Divergence", "PairedRatio", "Flip", "ErrorHistogram", "FoldedNorm"}
     verdict = {"max_abs_error", "rms_error", "rms_error_in_float32_errors"}  # in logits
     for name, definition in definitions.items():
         if name in without | dimensionless:

@@ -17,7 +17,7 @@ PEAK = Peak("cpu", flops_per_s=1e11, copy_bytes_per_s=1e10)
 
 def test_the_articles_work_is_what_its_layers_say(bundle_dir: Path) -> None:
     bundle = Bundle.open(bundle_dir)
-    work = count(bundle, read_program(bundle, folded=False))
+    work = count(bundle, read_program(bundle.locate(bundle.entry("pt2", folded=False))))
     planes = ((1, 5, 784), (5, 10, 784), (10, 20, 196), (20, 40, 196))  # channels in and out, pixels
     linears = ((1960, 200), (200, 500), (500, 10))
     products = sum(9 * i * o * pixels for i, o, pixels in planes) + sum(i * o for i, o in linears)

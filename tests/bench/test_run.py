@@ -14,7 +14,7 @@ import bench.run
 from bench.backend import BACKENDS
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.results import Result
-from bench.run import Plan, availability, cpus_for, exit_code, run, select
+from bench.run import Choice, Plan, availability, cpus_for, exit_code, run, select
 from export.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")
@@ -186,6 +186,38 @@ def test_a_bundle_without_a_format(plan: MakePlan, tampered: Callable[..., Path]
     subjects, skipped = select([(None, bundle)], plan(backends=None))
     assert "torchscript-cpu" not in [subject.label for subject in subjects]
     assert "torchscript-cpu" in [entry.backend for entry in skipped]
+
+
+def with_int8(manifest: dict[str, Any]) -> None:
+    """Calls a copy of the ONNX file int8 that takes pixels: enough to choose by."""
+    (onnx,) = (file for file in manifest["files"] if file["format"] == "onnx" and file["folded"])
+    manifest["files"].append(onnx | {"precision": "int8", "takes": "raw"})
+
+
+def test_each_backend_runs_the_variants_that_the_bundle_has_for_it(
+    plan: MakePlan, tampered: Callable[..., Path]
+) -> None:
+    bundle = Bundle.open(tampered(manifest=with_int8))
+    asked = plan(backends=("torch-cpu", "onnx-cpu", "torchscript-cpu"), variants=("float32", "int8-raw"))
+    subjects, skipped = select([(None, bundle)], asked)
+    assert [subject.label for subject in subjects] == ["torch-cpu", "onnx-cpu", "onnx-cpu:int8-raw", "torchscript-cpu"]
+    assert not skipped
+    for variants, words in ((("float16",), "no onnx file"), (("int9",), "unknown variant")):
+        with pytest.raises(BenchError, match=words):
+            select([(None, bundle)], plan(variants=variants))
+    with pytest.raises(BenchError, match="no backend that was chosen has a float16 file"):
+        select([(None, bundle)], plan(variants=("float32", "float16")))
+
+
+def test_choices_name_backend_variant_and_threads(plan: MakePlan, tampered: Callable[..., Path]) -> None:
+    bundle = Bundle.open(tampered(manifest=with_int8))
+    choices = (Choice("onnx-cpu"), Choice("onnx-cpu", "int8-raw", 1), Choice("onnx-cpu", "int8-raw", 2))
+    subjects, _ = select([(None, bundle)], plan(choices=choices))
+    assert [(subject.label, subject.options.threads) for subject in subjects] == [
+        ("onnx-cpu", 1),
+        ("onnx-cpu:int8-raw", 1),
+        ("onnx-cpu:int8-raw/2", 2),
+    ]
 
 
 def test_a_control_of_nothing_is_refused(plan: MakePlan, small_bundle: Path) -> None:

@@ -170,7 +170,14 @@ def runs(result: Result, monkeypatch: pytest.MonkeyPatch) -> Runs:
 @pytest.fixture
 def wanted(small_bundle: Path) -> Wanted:
     return Wanted(
-        bundle=small_bundle, backends=(), batch_sizes=(), threads=1, time_limit_s=100, block_s=0.03, timeout_s=60
+        command="bench suite",
+        bundle=small_bundle,
+        backends=(),
+        batch_sizes=(),
+        threads=1,
+        time_limit_s=100,
+        block_s=0.03,
+        timeout_s=60,
     )
 
 

@@ -78,8 +78,9 @@ class Slowed:
 
     name: str = SLOWED
     device: str = "cpu"
-    format: str = "onnx"
+    formats: tuple[str, ...] = ("onnx",)
     reference: bool = False
+    on_request: bool = True
 
     def unavailable_reason(self) -> str | None:
         return resolve(BACKENDS["onnx-cpu"]).unavailable_reason()

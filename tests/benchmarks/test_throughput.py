@@ -38,9 +38,9 @@ def test_throughput(name: str, batch_size: int, bundle: Bundle, benchmark: Bench
     reason = backend.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
-    kinds = {file.folded for file in bundle.manifest.files if file.format == backend.format}
+    kinds = {file.folded for file in bundle.manifest.files if file.format in backend.formats}
     if not kinds:
-        pytest.skip(f"the bundle has no {backend.format} file")
+        pytest.skip(f"the bundle has no {backend.name} file")
     folded = True in kinds and not backend.reference
     session = backend.load(bundle, Options(threads=usable_cpus(), folded=folded))
     assert not session.placement().stray
