@@ -114,32 +114,8 @@ def drive(call: Callable[[np.ndarray], np.ndarray], raw: np.ndarray, load: Load,
 
     folder.mkdir(parents=True)
     images = np.array(raw, order="C")  # writable, as sessions expect their input
-    response, complete = mlperf_loadgen.QuerySampleResponse, mlperf_loadgen.QuerySamplesComplete
-    size = load.images_per_call
-    queries = answered = 0
-    failures: list[Exception] = []
-
-    def issue(ids: list[int], indices: list[int]) -> None:
-        nonlocal queries, answered
-        queries += 1
-        answered += len(ids)
-        for start in range(0, len(ids), size):
-            some, chosen = ids[start : start + size], indices[start : start + size]
-            if failures:
-                complete([response(id_, 0, 0) for id_ in some])
-                continue
-            # A view where there is but one image: no copy that a caller with an image in hand would not make.
-            batch = images[chosen[0] : chosen[0] + 1] if len(chosen) == 1 else images[chosen]
-            try:
-                logits = np.ascontiguousarray(call(batch), np.float32)
-            except Exception as error:  # whatever a runtime raises
-                failures.append(error)
-                complete([response(id_, 0, 0) for id_ in some])
-                continue
-            address, each = logits.__array_interface__["data"][0], logits.nbytes // len(chosen)
-            complete([response(id_, address + place * each, each) for place, id_ in enumerate(some)])
-
-    system = mlperf_loadgen.ConstructFastSUT(issue, _nothing)
+    answers = _Answers(call, images, load)
+    system = mlperf_loadgen.ConstructFastSUT(answers.issue, _nothing)
     library = mlperf_loadgen.ConstructQSL(len(images), len(images), _nothing, _nothing)
     started = time.perf_counter()
     gc.disable()  # as in a timed block: a collection of the harness's own garbage would land in somebody's p99
@@ -153,9 +129,62 @@ def drive(call: Callable[[np.ndarray], np.ndarray], raw: np.ndarray, load: Load,
         gc.enable()
         mlperf_loadgen.DestroyQSL(library)
         mlperf_loadgen.DestroyFastSUT(system)
-    if failures:
-        raise failures[0]
-    return Driven(queries, answered, time.perf_counter() - started)
+    if answers.failure is not None:
+        raise answers.failure
+    return Driven(answers.queries, answers.images, time.perf_counter() - started)
+
+
+class _Answers:
+    """What answers the queries, and counts them. `failure` is the first exception of the callable.
+
+    What happens here between a query and its answer counts as latency. Code and objects that the model has driven from
+    the caches while it ran are slow: reading an array's address and making a response took 20 µs, of a call's 300 (two
+    cores at 2.5 GHz), and no more than 1 µs when nothing ran in between. So outputs are handed over only where LoadGen
+    looks at them, which is in its accuracy mode, and one image is answered with what is at hand.
+    """
+
+    def __init__(self, call: Callable[[np.ndarray], np.ndarray], images: np.ndarray, load: Load) -> None:
+        import mlperf_loadgen
+        import numpy as np
+
+        self._contiguous = np.ascontiguousarray
+        self._call, self._pool, self._accuracy = call, images, load.accuracy
+        self._size = load.images_per_call
+        self._response = mlperf_loadgen.QuerySampleResponse
+        self._complete = mlperf_loadgen.QuerySamplesComplete
+        self._one = self._response(0, 0, 0)
+        self._only_one = [self._one]
+        self.queries = self.images = 0
+        self.failure: Exception | None = None
+
+    def issue(self, ids: list[int], indices: list[int]) -> None:
+        """Answer one query; LoadGen's callback."""
+        self.queries += 1
+        self.images += len(ids)
+        if len(ids) == 1 and not self._accuracy and self.failure is None:
+            index = indices[0]
+            try:
+                # A view: no copy that a caller with an image in hand would not make.
+                self._call(self._pool[index : index + 1])
+            except Exception as error:  # whatever a runtime raises
+                self.failure = error
+            self._one.id = ids[0]
+            self._complete(self._only_one)
+            return
+        for start in range(0, len(ids), self._size):
+            self._answer(ids[start : start + self._size], indices[start : start + self._size])
+
+    def _answer(self, ids: list[int], indices: list[int]) -> None:
+        address = each = 0
+        if self.failure is None:
+            try:
+                logits = self._call(self._pool[indices])
+                if self._accuracy:
+                    logits = self._contiguous(logits, "float32")
+                    address, each = logits.__array_interface__["data"][0], logits.nbytes // len(ids)
+            except Exception as error:  # whatever a runtime raises
+                self.failure = error
+        self._complete([self._response(id_, address + place * each, each) for place, id_ in enumerate(ids)])
 
 
 def _nothing(*_: object) -> None:
