@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from export.fold import rules, torch_graph
-from export.fold.report import FoldReport, Strategy
+from export.fold.report import FoldReport, Runtime, Strategy
 from trainer.errors import UserError
 
 
@@ -34,6 +34,7 @@ def fold_batchnorm(
     *,
     dynamic_shapes: Any = None,
     strategy: Strategy = "auto",
+    runtime: Runtime = "onnxruntime",
 ) -> Folded:
     """Fold every BatchNorm of a model whose home is exact; the others stay and are in the report with the reason.
 
@@ -44,6 +45,7 @@ def fold_batchnorm(
             where torch.export accepts that, and fixes all sizes otherwise.
         strategy: how a shift gets over a border of zeros: ``"ones"``, ``"bias-map"`` or ``"floor"`` alone, or
             ``"auto"``, the cheapest that is exact. ``"none"`` folds nothing.
+        runtime: for whom ``"auto"`` counts what is cheapest, ``"onnxruntime"`` or ``"torch"``.
 
     Returns:
         The folded module, on the model's device and in its dtype, in eval mode, and the report.
@@ -54,7 +56,7 @@ def fold_batchnorm(
     module = graph_module(model, example_inputs, dynamic_shapes)
     with torch.no_grad():
         graph = torch_graph.read(module)
-        report = rules.fold(graph, strategy)
+        report = rules.fold(graph, strategy, runtime)
         folded = torch_graph.write(module, graph)
     return Folded(folded, report)
 

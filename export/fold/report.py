@@ -13,6 +13,10 @@ Strategy = Literal["auto", "ones", "bias-map", "floor", "none"]
 """How a shift gets over a border of zeros, see `rules`; ``"auto"`` takes the cheapest, ``"none"`` folds nothing."""
 
 
+Runtime = Literal["onnxruntime", "torch"]
+"""What will run the folded network: what is cheapest differs."""
+
+
 class FoldedNorm(BaseModel):
     """A BatchNorm that is gone: its function now lives in other layers' weights.
 

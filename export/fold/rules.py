@@ -55,26 +55,42 @@ from export.fold.graph import (
     evaluate,
     per_channel,
 )
-from export.fold.report import FoldedNorm, FoldReport, KeptNorm, Strategy
+from export.fold.report import FoldedNorm, FoldReport, KeptNorm, Runtime, Strategy
 
 TOLERANCE = 1e-9
 """Largest relative difference, in float64, that a fold may make to the part of the network it changes."""
 
-MAP_COST = 32.0
-FLOOR_COST = 96.0
-"""Multiply-adds that one element of an added map, or of a maximum per channel, is counted as.
-
-Either is a pass of its own through memory; a maximum also keeps a runtime from fusing the activation into the layer.
-"""
-
 ALIGNMENT = 4
-UNALIGNED_COST = 0.25
-"""A channel of ones that leaves a layer's channels no multiple of ALIGNMENT any more is counted as this share of that
-layer and of those that read it: onnxruntime's blocked convolutions ask for such multiples and are not used then.
 
-These figures order the ways as onnxruntime 1.31 did on the article's network (two AVX-512 cores, batches 1, 64, 1024):
-throughput with two channels of ones, of which the second breaks 20 to 21, was 0.89 to 0.97 of the unfolded network's,
-with a bias map in place of the second 0.96 to 1.09, with a floor there 0.92 to 0.97.
+
+@dataclass(frozen=True)
+class Prices:
+    """What a runtime takes for what folding adds, in multiply-adds.
+
+    Attributes:
+        mapped: of one element of an added map, a pass of its own through memory.
+        clamped: of one element of a maximum per channel, in place of a ReLU.
+        unaligned: of a channel of ones that leaves a layer's channels no multiple of ALIGNMENT any more, as a share of
+            that layer's work and of those that read it.
+    """
+
+    mapped: float
+    clamped: float
+    unaligned: float
+
+
+PRICES: dict[Runtime, Prices] = {
+    "onnxruntime": Prices(mapped=32.0, clamped=96.0, unaligned=0.25),
+    "torch": Prices(mapped=32.0, clamped=2.0, unaligned=0.25),
+}
+"""These order the ways as they were measured (two AVX-512 cores; docs/strategies.md).
+
+onnxruntime joins a ReLU to the layer before and keeps both in its blocked layout, which a maximum per channel leaves,
+and whose convolutions are not used with other than multiples of four channels: on the article's network, two channels
+of ones, of which the second breaks 20 to 21, came to 0.88 to 0.94 of the throughput of one with a bias map.
+
+To torch a maximum per channel is one operation, as the ReLU was: floors alone were 1 to 10 % faster than channels of
+ones and maps.
 """
 
 
@@ -84,13 +100,26 @@ class _Refused(Exception):
 
 @dataclass
 class _Plan:
-    """A home: the operations to put in, the values that get more channels, and what that costs."""
+    """A home: the operations to put in, the values that get more channels, and what that costs.
+
+    `work` is counted in multiply-adds, `mapped` and `clamped` in elements for one image; `unaligned` is the work of the
+    layers that a channel of ones puts out of step.
+    """
 
     method: str
     changes: dict[Node, Op]
     passed: set[Node] = field(default_factory=set)
     wider: dict[Value, int] = field(default_factory=dict)
-    cost: float = 0.0
+    work: float = 0.0
+    mapped: int = 0
+    clamped: int = 0
+    unaligned: float = 0.0
+
+    def cost(self, prices: Prices) -> float:
+        """In multiply-adds: what layers have to do more, and the rest as it is priced."""
+        return (
+            self.work + prices.mapped * self.mapped + prices.clamped * self.clamped + prices.unaligned * self.unaligned
+        )
 
     def into(self, norm: Node) -> tuple[str, ...]:
         return tuple(
@@ -114,8 +143,11 @@ class _Sink:
     width: int
 
 
-def fold(graph: Graph, strategy: Strategy = "auto") -> FoldReport:
-    """Fold what can be folded, in place. Every BatchNorm of the graph appears in the report."""
+def fold(graph: Graph, strategy: Strategy = "auto", runtime: Runtime = "onnxruntime") -> FoldReport:
+    """Fold what can be folded, in place. Every BatchNorm of the graph appears in the report.
+
+    Where several ways are exact, that one is taken which costs `runtime` least.
+    """
     folded: list[FoldedNorm] = []
     kept: dict[Node, str] = {}
     waiting = graph.norms()
@@ -125,7 +157,7 @@ def fold(graph: Graph, strategy: Strategy = "auto") -> FoldReport:
     while waiting:
         left = []
         for norm in waiting:
-            outcome = _fold_one(norm, strategy)
+            outcome = _fold_one(norm, strategy, PRICES[runtime])
             if isinstance(outcome, FoldedNorm):
                 folded.append(outcome)
                 kept.pop(norm, None)
@@ -140,7 +172,7 @@ def fold(graph: Graph, strategy: Strategy = "auto") -> FoldReport:
     return FoldReport(folded=tuple(folded), kept=(*refused, *graph.unread))
 
 
-def _fold_one(norm: Node, strategy: Strategy) -> FoldedNorm | str:
+def _fold_one(norm: Node, strategy: Strategy, prices: Prices) -> FoldedNorm | str:
     """Fold one BatchNorm in place, the cheapest way that holds, or say why not."""
     reasons: dict[str, str] = {}
     border = (("ones", _ones), ("bias-map", _bias_map), ("floor", _floor))
@@ -155,7 +187,7 @@ def _fold_one(norm: Node, strategy: Strategy) -> FoldedNorm | str:
                 plans.append(search(norm))
             except _Refused as refusal:
                 reasons[label] = str(refusal)
-        for plan in sorted(plans, key=lambda plan: plan.cost):
+        for plan in sorted(plans, key=lambda plan: plan.cost(prices)):
             error = _apply(norm, plan)
             if error <= TOLERANCE:
                 return FoldedNorm(name=norm.name, method=plan.method, into=plan.into(norm), error=error)
@@ -321,8 +353,9 @@ def _ones(norm: Node) -> _Plan:
     if len({sink.node for sink in sinks}) < len(sinks):
         raise _Refused("a layer reads it twice, so one more channel has no one place")
     constant, producer = _carry_ones(norm, plan)
-    unaligned = 0.0 if _as_layer(producer.op).channels_out % ALIGNMENT else UNALIGNED_COST
-    plan.cost += unaligned * _work(producer, _as_layer(producer.op))
+    breaks = _as_layer(producer.op).channels_out % ALIGNMENT == 0
+    if breaks:
+        plan.unaligned += _work(producer, _as_layer(producer.op))
     for sink in sinks:
         op = sink.node.op
         if not isinstance(op, Layer):
@@ -334,7 +367,9 @@ def _ones(norm: Node) -> _Plan:
                 raise _Refused(f"behind the flattening before {sink.node.name} one more channel is {sink.width} inputs")
             kernel = algebra.border_kernel(op, sink.shift) / constant
         plan.changes[sink.node] = algebra.add_inputs(_as_layer(_absorbed(op, sink)), sink.position, kernel)
-        plan.cost += kernel.numel() * _positions(sink.node, op) + unaligned * _work(sink.node, op)
+        plan.work += kernel.numel() * _positions(sink.node, op)
+        if breaks:
+            plan.unaligned += _work(sink.node, op)
     _widen(norm.outputs[0], 1, passed_forward, plan)
     return plan
 
@@ -359,7 +394,7 @@ def _carry_ones(norm: Node, plan: _Plan) -> tuple[float, Node]:
             _require_channel_axis(op, value)
             _require_one_group(user, op)
             plan.changes[user] = algebra.add_inputs(op, op.channels_in, algebra.no_kernel(op, 1))
-            plan.cost += op.channels_out * _kernel_size(op) * _positions(user, op)
+            plan.work += op.channels_out * _kernel_size(op) * _positions(user, op)
         plan.wider[value] = _channels(value) + 1
         node = value.producer
         if isinstance(node.op, Layer):
@@ -379,7 +414,7 @@ def _carry_ones(norm: Node, plan: _Plan) -> tuple[float, Node]:
     if layer.bias is not None and layer.bias.dim() > 1:
         raise _Refused(f"{node.name} has a bias map already")
     plan.changes[node] = algebra.add_ones_output(layer)
-    plan.cost += layer.channels_in * _kernel_size(layer) * _positions(node, layer)
+    plan.work += layer.channels_in * _kernel_size(layer) * _positions(node, layer)
     constant = torch.ones((), dtype=torch.float64)
     for step in reversed(path):
         plan.passed.add(step)
@@ -438,7 +473,7 @@ def _bias_map(norm: Node) -> _Plan:
             changed,
             bias=response + (bias if bias.dim() == response.dim() else bias.reshape(-1, *([1] * (response.dim() - 1)))),
         )
-        plan.cost += MAP_COST * response.numel()
+        plan.mapped += response.numel()
     return plan
 
 
@@ -465,7 +500,7 @@ def _floor(norm: Node) -> _Plan:
         raise _Refused("no ReLU stands before it")
     _require_own_weights(node, node.op)
     _require_channel_axis(node.op, value)
-    plan.cost += FLOOR_COST * _size(relu.output)
+    plan.clamped += _size(relu.output)
 
     infinity = torch.full_like(op.scale, math.inf)
     negative = op.scale < 0
@@ -483,7 +518,7 @@ def _floor(norm: Node) -> _Plan:
         plan.changes[relu] = Clamp(
             torch.where(negative, -infinity, op.shift), torch.where(negative, op.shift, infinity)
         )
-        plan.cost += FLOOR_COST * _size(relu.output)
+        plan.clamped += _size(relu.output)
         return plan
     plan.changes[node] = algebra.absorb_after(node.op, op.scale.abs(), sign * op.shift)
     plan.changes[relu] = Clamp(sign * op.shift, infinity)
