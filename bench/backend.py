@@ -99,7 +99,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """``<format>-<device>``, e.g. ``onnx-cuda``."""
+        """``<format>-<device>``, e.g. ``onnx-cuda``; a preset adds its own name: ``onnx-cpu-parallel``."""
 
     @property
     def device(self) -> Device:
@@ -132,11 +132,21 @@ BACKENDS: dict[str, str] = {
     "torch-cpu": "bench.backends.torch_program:CPU",
     "torch-cuda": "bench.backends.torch_program:CUDA",
     "graph-cuda": "bench.backends.torch_captured:GRAPH",
+    "compile-cpu": "bench.backends.torch_compiled:CPU",
     "compile-cuda": "bench.backends.torch_captured:COMPILED",
+    "aoti-cpu": "bench.backends.torch_aot:CPU",
+    "aoti-cuda": "bench.backends.torch_aot:CUDA",
     "torchscript-cpu": "bench.backends.torchscript:CPU",
     "torchscript-cuda": "bench.backends.torchscript:CUDA",
     "onnx-cpu": "bench.backends.onnx:CPU",
+    "onnx-cpu-parallel": "bench.backends.onnx:PARALLEL",
+    "onnx-cpu-basic": "bench.backends.onnx:BASIC",
+    "onnx-cpu-spinless": "bench.backends.onnx:SPINLESS",
     "onnx-cuda": "bench.backends.onnx:CUDA",
+    "onnx-cuda-nhwc": "bench.backends.onnx:NHWC",
+    "onnx-cuda-eager": "bench.backends.onnx:EAGER",
+    "openvino-cpu": "bench.backends.openvino:LATENCY",
+    "openvino-cpu-throughput": "bench.backends.openvino:THROUGHPUT",
     "null": "bench.backends.null:NULL",
 }
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.backend import BACKENDS, Profile, find_backend
+from bench.backend import BACKENDS, Profile
+from bench.cli_sweep import recommend_command, sweep_command
 from bench.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -27,19 +26,34 @@ from bench.errors import (
     Terminated,
 )
 from bench.loadgen import Scenario
+from bench.options import (
+    DEFAULT_BUNDLE,
+    DEFAULT_TIMEOUT_S,
+    RESULTS,
+    BackendOption,
+    BatchSizeOption,
+    BlockOption,
+    BundleOption,
+    ControlOption,
+    ProfileOption,
+    ThreadsOption,
+    TimeoutOption,
+    VariantOption,
+    check_names,
+    command_line,
+    shown_progress,
+)
+from bench.report_format import ReportFormat, chosen_format
 
 if TYPE_CHECKING:
-    from bench.run import Plan, Progress
+    from bench.run import Plan
     from bench.scenarios import Wanted
 
-DEFAULT_BUNDLE = Path("artifacts/bundles/article")
-RESULTS = Path("artifacts/results")
 # One image as it arrives, a batch that still fits the caches, and one that doesn't.
 DEFAULT_BATCH_SIZES = (1, 64, 256)
 DEFAULT_BLOCK_MS = 150.0
 # A run that nobody asked to be long ends within two minutes even where every call is slow: no round begins after this.
 DEFAULT_TIME_LIMIT_S = 90.0
-DEFAULT_TIMEOUT_S = 120.0
 # A minute for the seven or so runs of server. MLPerf's rules ask for 600 s each; their bound for images is 15 ms.
 DEFAULT_MIN_DURATION_S, DEFAULT_LATENCY_BOUND_MS, DEFAULT_SAMPLES_PER_QUERY = 10.0, 15.0, 8
 DEFAULT_THRESHOLD_PERCENT = 5.0
@@ -49,33 +63,6 @@ SUITE_BLOCK_S, SUITE_TIME_LIMIT_S = 0.02, 240.0
 
 # Typer's rich help costs as much start-up time as everything else together.
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
-
-BackendOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--backend", metavar="NAME", help="A backend to run; repeat for more. Default: all that are available."
-    ),
-]
-BundleOption = Annotated[Path, typer.Option("--bundle", help="The bundle's folder, as python -m export makes it.")]
-BatchSizeOption = Annotated[
-    list[int] | None,
-    typer.Option("--batch-size", min=1, help="Images per call; repeat for more. Default: 1, 64 and 256."),
-]
-BlockOption = Annotated[float, typer.Option("--block-ms", min=1, help="How long one timed block of calls lasts.")]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, help="Threads of each runtime's pool. Default: the CPUs this process may use."),
-]
-ProfileOption = Annotated[
-    Profile, typer.Option("--profile", help="strict: float32 everywhere. fast: TF32 where there is any.")
-]
-ControlOption = Annotated[
-    bool,
-    typer.Option("--control", help="Also run the unfolded file of each backend that runs a folded one."),
-]
-TimeoutOption = Annotated[
-    float, typer.Option("--timeout", min=1, help="Seconds a backend may take for one answer before it counts as hung.")
-]
 
 
 @app.callback()
@@ -94,6 +81,7 @@ def run_command(
     ] = None,
     threads: ThreadsOption = None,
     profile: ProfileOption = Profile.STRICT,
+    variant: VariantOption = None,
     control: ControlOption = False,
     rounds: Annotated[
         int | None,
@@ -125,7 +113,7 @@ def run_command(
 
     Exit code 1 when a parity failed, a backend did not finish, or LoadGen calls its scenario invalid.
     """
-    _check_names(backend)
+    check_names(backend)
     wanted = _wanted(scenario, min_duration_s, latency_bound_ms, samples_per_query, batch_size, rounds)
     from bench.report import console, print_run
     from bench.results import check_writable, write_result
@@ -138,6 +126,8 @@ def run_command(
     plan = Plan(
         bundles=(bundle,),
         backends=tuple(backend) if backend else None,
+        variants=_variants(variant),
+        command=command_line(),
         threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
@@ -152,7 +142,7 @@ def run_command(
     check_writable(target)
     if wanted is not None:
         raise typer.Exit(_run_scenario(plan, wanted, target))
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         result = run(plan, progress)
     print_run(result, console())
     write_result(result, target)
@@ -189,7 +179,7 @@ def suite_command(
 
     Exit code 1 when a parity failed, a backend did not finish, or a run that was due could not be made.
     """
-    _check_names(backend)
+    check_names(backend)
     if backend and "null" in backend:
         raise BenchError("null is no backend to judge or to compare. Leave --backend null out.", EXIT_USAGE)
     from bench.environment import usable_cpus
@@ -200,6 +190,7 @@ def suite_command(
     target = out or RESULTS / f"{bundle.name or bundle.resolve().name}-suite"
     check_folder(target)
     wanted = WantedSuite(
+        command=command_line(),
         bundle=bundle,
         backends=tuple(backend or ()),
         batch_sizes=tuple(sorted(set(batch_size or ()))),
@@ -208,7 +199,7 @@ def suite_command(
         block_s=SUITE_BLOCK_S,
         timeout_s=timeout,
     )
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         suite = conduct(wanted, lambda so_far: write_suite(so_far, target), progress)
     print(f"summary: {target / PAGE_NAME}")
     raise typer.Exit(suite_exit_code(suite))
@@ -226,6 +217,7 @@ def ab_command(
     ] = None,
     threads: ThreadsOption = None,
     profile: ProfileOption = Profile.STRICT,
+    variant: VariantOption = None,
     rounds: Annotated[
         int | None,
         typer.Option("--rounds", min=6, help="How often each gets its turn. Default: until the threshold is decided."),
@@ -241,7 +233,7 @@ def ab_command(
     Exit code 1 when one is slower, its whole interval below 1 - threshold, when a parity failed, or when a backend did
     not finish.
     """
-    _check_names(backend)
+    check_names(backend)
     if len(bundles) < 2:
         raise BenchError("bench ab compares bundles: name at least two folders, the base first.", EXIT_USAGE)
     from bench.environment import usable_cpus
@@ -255,6 +247,8 @@ def ab_command(
     plan = Plan(
         bundles=tuple(bundles),
         backends=tuple(backend) if backend else None,
+        variants=_variants(variant),
+        command=command_line(),
         threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
@@ -264,7 +258,7 @@ def ab_command(
         time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
         block_s=block_ms / 1000,
     )
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         result = run(plan, progress)
     print_run(result, console())
     print_comparison(result, threshold, console())
@@ -276,21 +270,37 @@ def ab_command(
 
 @app.command("report")
 def report_command(
-    result: Annotated[
-        Path, typer.Argument(metavar="RESULT.JSON", help="What bench run, bench ab or bench suite wrote.")
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULT.JSON…", help="What bench run, bench ab or bench suite wrote."),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="Where it goes. Its ending says the format: .html, .md, .csv."
+        ),
+    ] = None,
+    format_: Annotated[
+        ReportFormat | None,
+        typer.Option("--format", help="html is one page that opens offline, and needs -o. Default: text."),
+    ] = None,
 ) -> None:
-    """Print a result's tables again, every figure derived anew from its raw samples; of a suite, its page."""
-    from bench.report import console, print_run
-    from bench.results import read_result
-    from bench.suite import read_suite
-    from bench.suite_page import page
-    from bench.summary import derived
+    """Show results again, every figure derived anew from its raw samples: as tables, or as one page with charts."""
+    chosen = chosen_format(format_, out, results)
+    from bench.inputs import results_in
+    from bench.rendering import print_sources, rendered
+    from bench.results import check_writable, write_whole
 
-    if (suite := read_suite(result)) is not None:
-        print(page(suite.model_copy(update={"runs": tuple(map(derived, suite.runs))})), end="")
+    if out is not None:
+        check_writable(out, "-o")
+    sources = [results_in(path) for path in results]
+    if out is not None:
+        write_whole(rendered(sources, chosen), out, "-o")
+        print(f"report: {out}")
+    elif chosen is ReportFormat.TEXT:
+        print_sources(sources)
     else:
-        print_run(derived(read_result(result)), console())
+        print(rendered(sources, chosen), end="")
 
 
 @app.command("compare")
@@ -356,6 +366,7 @@ def parity_command(
     bundle: BundleOption = DEFAULT_BUNDLE,
     threads: ThreadsOption = None,
     profile: ProfileOption = Profile.STRICT,
+    variant: VariantOption = None,
     control: ControlOption = False,
     bisect: Annotated[
         bool,
@@ -370,7 +381,7 @@ def parity_command(
     Exit code 1 when one failed; every changed prediction is listed, and of an ONNX file that failed the first node that
     diverges from the torch graph is named.
     """
-    _check_names(backend)
+    check_names(backend)
     if backend and "null" in backend:
         raise BenchError("null computes nothing, so there is nothing to judge. Leave --backend null out.", EXIT_USAGE)
     from bench.environment import usable_cpus
@@ -380,16 +391,22 @@ def parity_command(
     plan = Plan(
         bundles=(bundle,),
         backends=tuple(backend) if backend else None,
+        variants=_variants(variant),
+        command=command_line(),
         threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
         control=tuple(BACKENDS) if control else (),
         bisect="always" if bisect else "failed",
     )
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         result = run(plan, progress)
     print_parity(result, console())
     raise typer.Exit(exit_code(result))
+
+
+app.command("sweep")(sweep_command)
+app.command("recommend")(recommend_command)
 
 
 def main() -> None:
@@ -411,12 +428,6 @@ def main() -> None:
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-def _check_names(names: list[str] | None) -> None:
-    """Raises BenchError (usage) for a name that is no backend, before anything slow is imported."""
-    for name in names or ():
-        find_backend(name)
 
 
 def _wanted(
@@ -471,7 +482,7 @@ def _run_scenario(plan: Plan, wanted: Wanted, target: Path) -> int:
     from bench.results import write_result
     from bench.scenarios import log_folder, run_scenario, scenario_exit_code
 
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         result = run_scenario(plan, wanted, target, progress)
     print_scenario(result, console())
     write_result(result, target)
@@ -479,25 +490,9 @@ def _run_scenario(plan: Plan, wanted: Wanted, target: Path) -> int:
     return scenario_exit_code(result)
 
 
+def _variants(given: list[str] | None) -> tuple[str, ...]:
+    return tuple(given or ("float32",))
+
+
 def _batch_sizes(given: list[int] | None) -> tuple[int, ...]:
     return tuple(sorted(set(given or DEFAULT_BATCH_SIZES)))
-
-
-@contextmanager
-def _shown_progress() -> Iterator[Progress]:
-    """A progress bar on a terminal, nothing elsewhere. It is redrawn between the turns only: a thread that draws would
-    cost CPU time while a backend is timed."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    from bench.report import console
-
-    out = console(stderr=True)
-    columns = (BarColumn(30), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Bar(*columns, console=out, auto_refresh=False, transient=True, disable=not out.is_terminal) as bar:
-        task = bar.add_task("", total=1.0)
-
-        def show(what: str, done: float) -> None:
-            bar.update(task, description=what, completed=done, refresh=True)
-
-        yield show

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,25 +34,31 @@ from export.bundle import (
     Tolerances,
     sha256_file,
 )
-from export.fold.report import FoldReport, Strategy
+from export.fold.report import FoldReport, Runtime, Strategy
+from export.variants import File, Plan
 from trainer.errors import EXIT_NEGATIVE, UserError
-from trainer.provenance import git_commit, installed
+from trainer.provenance import cpu_name, git_commit, installed
 from trainer.publish import building
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from export.fold import Folded
     from export.source import Material
+    from export.variants import Networks
 
 EXACT = 1e-12
 """Largest relative difference, in float64, between the folded network and the unfolded one."""
 
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "safetensors")
+INT8_LIBRARIES = ("openvino", "nncf")
 CHECK_BATCHES = (500, 7)
 """Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
 CHECK_INPUTS = 2_500
-"""Files are checked on so many of the oracle's inputs; the reference runs all of them, its error being the unit."""
+"""float32 files are checked on so many of the oracle's inputs. The reference runs all of them, since its error is the
+unit, and so do files of other precisions, whose predictions are counted."""
+NO_VARIANTS = Plan()
 
 
 class ExportRefused(UserError):
@@ -60,8 +68,11 @@ class ExportRefused(UserError):
         super().__init__(f"{message} Nothing was published.", EXIT_NEGATIVE)
 
 
-def fingerprint(source: Source, strategy: str) -> str:
-    """SHA-256 over everything that determines a bundle: weights, options, versions, and this package's own code."""
+def fingerprint(source: Source, strategy: str, plan: Plan = NO_VARIANTS, calibration: str | None = None) -> str:
+    """SHA-256 over everything that determines a bundle: weights, options, versions, and this package's own code.
+
+    `calibration` identifies the inputs that int8 files are calibrated with. Machine code is for one processor.
+    """
     root = Path(export.__file__).parent
     code = hashlib.sha256()
     for path in sorted([*root.rglob("*.py"), *(root.parent / "trainer").glob("*.py")]):
@@ -69,8 +80,11 @@ def fingerprint(source: Source, strategy: str) -> str:
     facts = {
         "source": source.model_dump(),
         "strategy": strategy,
-        "versions": installed(*LIBRARIES),
+        "versions": _versions(plan),
         "code": code.hexdigest(),
+        "files": [file.name for file in plan.files],
+        "calibration": calibration if plan.calibrated else None,
+        "processor": cpu_name() if plan.compiled else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -87,8 +101,14 @@ def up_to_date(target: Path, wanted: str) -> Bundle | None:
     return bundle
 
 
-def build(material: Material, target: Path, strategy: Strategy, say: Callable[[str], None]) -> Bundle:
-    """Make a bundle of `material` and publish it at `target`.
+def _versions(plan: Plan) -> dict[str, str]:
+    return installed(*LIBRARIES, *(INT8_LIBRARIES if plan.calibrated else ()))
+
+
+def build(
+    material: Material, target: Path, strategy: Strategy, say: Callable[[str], None], plan: Plan = NO_VARIANTS
+) -> Bundle:
+    """Make a bundle of `material` and publish it at `target`: the float32 files, and those of `plan`.
 
     `say` is told of each step. Raises ExportRefused (exit code 1) when a check fails, UserError when the place can't be
     written; in both cases what was at `target` before is untouched.
@@ -96,11 +116,13 @@ def build(material: Material, target: Path, strategy: Strategy, say: Callable[[s
     import torch
 
     from export import oracle as truth
+    from export import variants
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import as_module, export_program
 
     with truth.Logits64() as oracle_process:
         inputs = material.inputs
+        calibration = None if material.calibration is None else material.calibration.identity
         example = torch.from_numpy(inputs[:2])
         batch = ({0: torch.export.Dim("batch")},)
         say("folding")
@@ -111,9 +133,29 @@ def build(material: Material, target: Path, strategy: Strategy, say: Callable[[s
         folded = fold_batchnorm(model64, (example.double(),), dynamic_shapes=batch, strategy=strategy)
         say(_summary(folded.report))
         _require_equal(model64, folded.module, inputs)
+        for_torch = fold_batchnorm(
+            model64, (example.double(),), dynamic_shapes=batch, strategy=strategy, runtime="torch"
+        )
+        if _ways(for_torch.report) == _ways(folded.report) or len(for_torch.report.kept) != len(folded.report.kept):
+            for_torch = folded
+        else:
+            say("for torch:\n" + _summary(for_torch.report))
+            _require_equal(model64, for_torch.module, inputs)
+        ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
+        networks = variants.networks(plan, model64, ways, example.double(), strategy)
+        for network in networks.values():
+            _require_equal(model64, network, inputs)
+        if any(file.takes == "raw" for file in plan.files):
+            _require_equal_from_raw(model64, networks, material)
         with building(target, MANIFEST_NAME) as folder:
             say(f"writing, and computing the float64 oracle of {len(material.raw)} inputs")
-            entries = _write_files(folder, material, program, folded.module.float(), example)
+            onnx_program = export_program(folded.module.float(), (example,), batch)
+            torch_program = onnx_program
+            if for_torch is not folded:
+                torch_program = export_program(for_torch.module.float(), (example,), batch)
+            entries = _write_files(folder, material, program, onnx_program, torch_program, for_torch.module)
+            for file, opset in variants.write(plan, networks, material, folder, say):
+                entries.append(_variant_entry(folder, file, opset))
             (folder / "checkpoint.safetensors").write_bytes(material.weights)
             logits = oracle_process.wait()
             if not np.isfinite(logits).all():
@@ -134,9 +176,10 @@ def build(material: Material, target: Path, strategy: Strategy, say: Callable[[s
                 checkpoint=_data_file(folder / "checkpoint.safetensors"),
                 oracle=_data_file(folder / "oracle.safetensors"),
                 fold=folded.report,
+                fold_for_torch=None if for_torch is folded else for_torch.report,
                 tolerances=tolerances,
-                environment=_environment(),
-                fingerprint=fingerprint(material.source, strategy),
+                environment=_environment(plan),
+                fingerprint=fingerprint(material.source, strategy, plan, calibration),
             )
             (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
     return Bundle.open(target)
@@ -146,22 +189,23 @@ def _write_files(
     folder: Path,
     material: Material,
     program: torch.export.ExportedProgram,
-    folded: torch.fx.GraphModule,
-    example: torch.Tensor,
+    onnx_program: torch.export.ExportedProgram,
+    torch_program: torch.export.ExportedProgram,
+    for_torch: torch.fx.GraphModule,
 ) -> list[FileEntry]:
+    """The float32 files: of `program`, which is not folded, and of the network folded for each runtime."""
     import torch
 
-    from export.fold.batchnorm import export_program
     from export.formats import onnx_file, pt2, torchscript
 
+    example = torch.from_numpy(material.inputs[:2])
     names = material.input.name, material.output.name
-    folded_program = export_program(folded, (example,), ({0: torch.export.Dim("batch")},))
     pt2.write(program, folder / "model.unfolded.pt2")
-    pt2.write(folded_program, folder / "model.pt2")
-    opset = onnx_file.write(folded_program, folder / "model.onnx", *names, optimize=True)
+    pt2.write(torch_program, folder / "model.pt2")
+    opset = onnx_file.write(onnx_program, folder / "model.onnx", *names, optimize=True)
     # torch's own optimiser would fold what it can, and the control would be none.
     onnx_file.write(program, folder / "model.unfolded.onnx", *names, optimize=False)
-    torchscript.write(folded, example, folder / "model.ts")
+    torchscript.write(for_torch, example, folder / "model.ts")
     torchscript.write(material.module, example, folder / "model.unfolded.ts")
 
     def entry(name: str, format: Format, folded: bool, opset: int | None = None) -> FileEntry:
@@ -179,35 +223,78 @@ def _write_files(
     ]
 
 
+def _variant_entry(folder: Path, file: File, opset: int | None) -> FileEntry:
+    from export.formats import openvino_file
+
+    companions = (openvino_file.weights(folder / file.name),) if file.format == "openvino" else ()
+    return FileEntry(
+        **_data_file(folder / file.name).model_dump(),
+        format=file.format,
+        precision=file.precision,
+        folded=True,
+        takes=file.takes,
+        opset=opset,
+        companions=tuple(_data_file(path) for path in companions),
+    )
+
+
 def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs: np.ndarray, kept: int) -> Tolerances:
     """Load every file again and hold it to the oracle; returns the tolerances, whose unit is torch's own error."""
     from export import oracle as truth
-    from export.formats import onnx_file, pt2, torchscript
 
-    modules = {"onnx": onnx_file, "torchscript": torchscript, "pt2": pt2}
     tolerances: Tolerances | None = None
+    whole, odd = CHECK_BATCHES
     # The reference first: its error is the unit that the others are measured in.
-    for entry in sorted(entries, key=lambda entry: (entry.format != "pt2", entry.folded)):
-        path, module = folder / entry.path, modules[entry.format]
-        if entry.folded and module.batchnorms(path) != kept:
-            raise ExportRefused(
-                f"{entry.path} holds {module.batchnorms(path)} BatchNorms, the fold report keeps {kept}."
-            )
-        run = module.runner(path)
-        whole, odd = CHECK_BATCHES
-        reference = tolerances is None
-        logits = truth.run_in_batches(run, inputs if reference else inputs[:CHECK_INPUTS], whole)
+    for entry in sorted(entries, key=lambda entry: (entry.format != "pt2", entry.folded, entry.precision != "float32")):
+        _require_folded(folder, entry, kept)
+        run = _runner(folder, entry)
+        taken = oracle.raw if entry.takes == "raw" else inputs
+        counted = tolerances is None or entry.precision != "float32"
+        logits = truth.run_in_batches(run, taken if counted else taken[:CHECK_INPUTS], whole)
         if tolerances is None:
             unit = truth.rms_error(logits, oracle.logits)
             if not np.isfinite(unit):
                 raise ExportRefused("The unfolded model's float32 logits are not finite: it overflows.")
             tolerances = Tolerances(float32_rms_error=unit)
-        for checked in (logits, truth.run_in_batches(run, inputs[: 3 * odd], odd)):
-            problem = truth.strict_failure(checked, oracle, tolerances)
-            if problem is not None:
-                raise ExportRefused(f"{entry.path} is not right: {problem}.")
+        problem = truth.failure(logits, oracle, tolerances, entry.precision)
+        few = truth.run_in_batches(run, taken[: 3 * odd], odd)
+        if problem is None:
+            problem = (
+                truth.failure(few, oracle, tolerances, entry.precision)
+                if entry.precision == "float32"
+                else truth.departure(few, logits, oracle)
+            )
+        if problem is not None:
+            remedy = "" if entry.precision == "float32" else f" Leave --variant {entry.variant} out."
+            raise ExportRefused(f"{entry.path} is not right: {problem}.{remedy}")
     assert tolerances is not None
     return tolerances
+
+
+def _require_folded(folder: Path, entry: FileEntry, kept: int) -> None:
+    """No BatchNorm in a folded file but those that the report keeps. A quantiser may fold more, into the layer before;
+    a compiled program has no graph to count them in.
+    """
+    if not entry.folded or entry.format.startswith("aoti"):
+        return
+    found = _format_module(entry).batchnorms(folder / entry.path)
+    if found > kept or (found < kept and entry.precision != "int8"):
+        raise ExportRefused(f"{entry.path} holds {found} BatchNorms, the fold report keeps {kept}.")
+
+
+def _runner(folder: Path, entry: FileEntry) -> Callable[[np.ndarray], np.ndarray]:
+    """The file as a function. int8 runs as it will be run: without its optimisations onnxruntime computes in float32,
+    and would never see what an int8 kernel gets wrong.
+    """
+    module = _format_module(entry)
+    optimised = {"optimised": True} if entry.format == "onnx" and entry.precision == "int8" else {}
+    run: Callable[[np.ndarray], np.ndarray] = module.runner(folder / entry.path, **optimised)
+    return run
+
+
+def _format_module(entry: FileEntry) -> ModuleType:
+    modules = {"onnx": "onnx_file", "openvino": "openvino_file", "aoti-cpu": "aoti", "aoti-cuda": "aoti"}
+    return importlib.import_module(f"export.formats.{modules.get(entry.format, entry.format)}")
 
 
 def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: np.ndarray) -> None:
@@ -216,17 +303,48 @@ def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: np.ndarray) 
 
     real = torch.from_numpy(inputs[:100]).double()
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    border = noise.clone()
-    if border.dim() > 2:
-        border[(slice(None), slice(None), *[slice(1, -1)] * (border.dim() - 2))] = 0
+    border = _border_of(noise, real.dim() - 2)
     for what, x in (("real", real), ("random", noise), ("border", border)):
         with torch.no_grad():
             wanted, found = model64(x), folded64(x)
-        error = float((found - wanted).abs().max() / wanted.abs().max())
-        if not error <= EXACT:
-            raise ExportRefused(
-                f"The folded network differs from the unfolded one by {error:.1e} (relative, float64) on {what} inputs."
+        _require_exact(found, wanted, f"The folded network differs from the unfolded one on {what} inputs")
+
+
+def _require_equal_from_raw(model64: nn.Module, networks: Networks, material: Material) -> None:
+    """The same for the networks with the preprocessing in front, on raw inputs, the darkest and the brightest too."""
+    import torch
+
+    from export.raw_input import FromRaw, reference
+
+    preprocessing = material.preprocessing
+    real = torch.from_numpy(material.raw[:100].copy())
+    limits = torch.iinfo(real.dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(limits.min, limits.max + 1, real.shape, generator=generator, dtype=real.dtype)
+    flat = torch.stack([torch.full_like(real[0], value) for value in (limits.min, limits.max)])
+    border = _border_of(noise, min(len(material.input.shape) - 2, noise.dim() - 1))
+    for network in networks.values():
+        from_raw = FromRaw(network, preprocessing, material.input, torch.float64)
+        for what, x in (("real", real), ("random", noise), ("border", border), ("flat", flat)):
+            with torch.no_grad():
+                wanted, found = reference(model64, preprocessing, material.input, x), from_raw(x)
+            _require_exact(
+                found, wanted, f"The network with the preprocessing inside is not right on {what} raw inputs"
             )
+
+
+def _border_of(x: torch.Tensor, spatial: int) -> torch.Tensor:
+    """`x` with zeros inside; the last `spatial` dimensions are those that have a border."""
+    border = x.clone()
+    if spatial > 0:
+        border[tuple([slice(None)] * (x.dim() - spatial) + [slice(1, -1)] * spatial)] = 0
+    return border
+
+
+def _require_exact(found: torch.Tensor, wanted: torch.Tensor, complaint: str) -> None:
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    if not error <= EXACT:
+        raise ExportRefused(f"{complaint}: off by {error:.1e} (relative, float64).")
 
 
 def _write_oracle(path: Path, oracle: Oracle) -> None:
@@ -242,16 +360,20 @@ def _data_file(path: Path) -> DataFile:
     return DataFile(path=path.name, sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
+def _ways(report: FoldReport) -> list[tuple[str, str]]:
+    return [(norm.name, norm.method) for norm in report.folded]
+
+
 def _summary(report: FoldReport) -> str:
     lines = [f"folded {norm.name}: {norm.method}, into {', '.join(norm.into)}" for norm in report.folded]
     lines += [f"kept {norm.name}: {norm.reason}" for norm in report.kept]
     return "\n".join(lines or ["the model has no BatchNorm"])
 
 
-def _environment() -> Environment:
+def _environment(plan: Plan) -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        versions=installed(*LIBRARIES),
+        versions=_versions(plan),
         git_commit=git_commit(Path(export.__file__)),
     )

@@ -155,6 +155,8 @@ class Manifest(_Frozen):
     checkpoint: DataFile
     oracle: DataFile
     fold: FoldReport
+    fold_for_torch: FoldReport | None = None
+    """Of the files that torch runs, where another way is cheaper there; None where it is as in `fold`."""
     tolerances: Tolerances
     environment: Environment
     fingerprint: str

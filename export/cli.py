@@ -50,30 +50,55 @@ def export(
     weights: Annotated[Path | None, typer.Option(help="With --model: a safetensors file of its weights.")] = None,
     input: Annotated[str | None, typer.Option(help="With --model: the shape of one input, e.g. 3x224x224.")] = None,
     data: Annotated[Path | None, typer.Option(help="With --model: an .npz file of `inputs` and `labels`.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also make float16, bfloat16 or int8, or these or float32 with -raw, which takes the raw input; 'all' "
+            "makes what this machine can. Repeatable. The bundle holds what was asked for, not what it held before."
+        ),
+    ] = None,
+    aoti: Annotated[
+        bool, typer.Option("--aoti", help="Also compile the pt2 programs ahead of time, for this kind of machine.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="With --model and int8: an .npz file of other `inputs`, to take ranges from.")
+    ] = None,
 ) -> None:
     """Export a trained model as TorchScript and ONNX with every BatchNorm folded, and check every file."""
     if context.invoked_subcommand is not None:
         return
     start = time.perf_counter()
-    from export import build, source
+    from export import build, source, variants
 
+    asked = variant or []
     if model is not None:
         if input is None:
             raise typer.BadParameter("--model needs --input, the shape of one input, for example 3x224x224.")
         target = out or Path("artifacts/bundles") / model.rpartition(":")[2]
-        material = source.load_own(model, weights, _shape(input), data)
+        material = source.load_own(model, weights, _shape(input), data, calibration)
+        uncalibrated = None if material.calibration else "int8 needs inputs to take its ranges from: --calibration FILE"
+        plan = variants.plan(asked, aoti, variants.raw_refusal(material.preprocessing), uncalibrated)
     else:
-        for name, given in (("--weights", weights), ("--input", input), ("--data", data)):
+        for name, given in (
+            ("--weights", weights),
+            ("--input", input),
+            ("--data", data),
+            ("--calibration", calibration),
+        ):
             if given is not None:
                 raise typer.BadParameter(f"{name} goes with --model, a model of your own.")
         path = checkpoint or Path("artifacts/training") / recipe / "checkpoint.safetensors"
         target = out or Path("artifacts/bundles") / recipe
         described = source.describe(path)
-        if build.up_to_date(target, build.fingerprint(described, strategy)) is not None:
+        plan = variants.plan(asked, aoti, None, None)
+        fingerprint = build.fingerprint(described, strategy, plan, source.calibration_identity())
+        if build.up_to_date(target, fingerprint) is not None:
             print(f"nothing changed: {target} is up to date and every file is as it was published")
             return
-        material = source.load(path, described, data_dir)
-    _print_files(build.build(material, target, strategy, print))
+        material = source.load(path, described, data_dir, calibrated=plan.calibrated)
+    for line in plan.left_out:
+        print(f"left out {line}")
+    _print_files(build.build(material, target, strategy, print, plan))
     print(f"published {target} in {time.perf_counter() - start:.1f} s")
 
 
@@ -104,7 +129,11 @@ def explain(
     if place.is_dir():
         from export.bundle import Bundle
 
-        _print_report(Bundle.open(place).manifest.fold)
+        manifest = Bundle.open(place).manifest
+        _print_report(manifest.fold)
+        if manifest.fold_for_torch is not None:
+            print("in the files that torch runs:")
+            _print_report(manifest.fold_for_torch)
         return
     from export.fold.onnx_model import explain_onnx
 
@@ -112,9 +141,11 @@ def explain(
 
 
 def _print_files(bundle: Bundle) -> None:
+    width = max(len(entry.path) for entry in bundle.manifest.files)
     for entry in bundle.manifest.files:
         kind = "folded" if entry.folded else "unfolded control"
-        print(f"  {entry.path:<20} {entry.bytes:>9,} bytes  {entry.format}, {kind}")
+        size = entry.bytes + sum(companion.bytes for companion in entry.companions)
+        print(f"  {entry.path:<{width}} {size:>9,} bytes  {entry.format}, {entry.variant}, {kind}")
 
 
 def _print_report(report: FoldReport) -> None:

@@ -16,10 +16,14 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from export.bundle import Oracle, Tolerances
+from export.bundle import Oracle, Precision, Tolerances
 
 CHUNK = 50
 """Images at a time: 1,000 took 0.52 s in chunks of 50, 0.70 s of 250, 0.85 s at once (float64, two cores)."""
+
+COARSER: dict[Precision, float] = {"float32": 1.0, "float16": 2.0**13, "bfloat16": 2.0**16, "int8": 2.0**16}
+"""How much coarser than float32 a rounding is: float16 keeps 10 bits of a significand where float32 keeps 23, bfloat16
+7. A step of int8 is 2^-8 of the largest value, whatever the value."""
 
 
 def logits64(model64: nn.Module, inputs: np.ndarray) -> np.ndarray:
@@ -90,6 +94,76 @@ def flips(logits: np.ndarray, truth: np.ndarray, margin: float) -> list[int]:
     highest = np.sort(truth, axis=1)
     clear = highest[:, -1] - highest[:, -2] > margin
     return [int(i) for i in np.flatnonzero(clear & (logits.argmax(1) != truth.argmax(1)))]
+
+
+def failure(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, precision: Precision) -> str | None:
+    """Why logits of all the oracle's inputs, from a file of that precision, are not right, or None where they are."""
+    truth = oracle.logits
+    if precision == "float32" or logits.shape != truth.shape:
+        return strict_failure(logits, oracle, tolerances)
+    if not np.isfinite(logits).all():
+        return f"{np.count_nonzero(~np.isfinite(logits))} of its logits are NaN or infinite"
+    if truth.ndim != 2 or truth.shape[1] < 2:  # no scores of classes, so nothing is predicted
+        allowed = tolerances.strict_rms_factor * COARSER[precision] * tolerances.float32_rms_error
+        error = rms_error(logits, truth)
+        return None if error <= allowed else f"its RMS error is {error:.2e}, allowed are {allowed:.2e}"
+    if precision == "int8":
+        if oracle.labels is None:
+            return _flips_failure(logits, truth, tolerances.int8_flips_percent_without_labels)
+        return _top1_failure(logits, oracle, tolerances.int8_top1_points) or _mcnemar_failure(
+            logits, oracle, tolerances.int8_p_value
+        )
+    return _flips_failure(logits, truth, tolerances.fast_flips_percent) or _top1_failure(
+        logits, oracle, tolerances.fast_top1_points
+    )
+
+
+def departure(few: np.ndarray, logits: np.ndarray, oracle: Oracle) -> str | None:
+    """Why a file that gives `few` for the first inputs of `logits`, at another batch size, is not right, or None.
+
+    Another kernel may round otherwise, but not by more than the file is off anyway.
+    """
+    same = logits[: len(few)]
+    if few.shape != same.shape:
+        return f"its output has shape {list(few.shape)} at another batch size, expected {list(same.shape)}"
+    allowed, apart = rms_error(logits, oracle.logits), rms_error(few, same.astype(np.float64))
+    return None if apart <= allowed else f"another batch size changes its logits by {apart:.2e} (RMS)"
+
+
+def _flips_failure(logits: np.ndarray, truth: np.ndarray, percent: float) -> str | None:
+    flipped = int(np.count_nonzero(logits.argmax(1) != truth.argmax(1)))
+    if 100 * flipped <= percent * len(truth):
+        return None
+    return f"it predicts {flipped} of {len(truth)} images differently, allowed are {percent} %"
+
+
+def _right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    right: np.ndarray = logits.argmax(1) == labels
+    return right
+
+
+def _top1_failure(logits: np.ndarray, oracle: Oracle, points: float) -> str | None:
+    if oracle.labels is None:
+        return None
+    found, wanted = (100 * float(_right(which, oracle.labels).mean()) for which in (logits, oracle.logits))
+    if abs(found - wanted) <= points + 1e-9:
+        return None
+    return f"its top-1 is {found:.2f} %, the float64 oracle's {wanted:.2f} %: further apart than {points} points"
+
+
+def _mcnemar_failure(logits: np.ndarray, oracle: Oracle, p_value: float) -> str | None:
+    """By the exact test on the images that only one of the two has right."""
+    assert oracle.labels is not None
+    here, there = (_right(which, oracle.labels) for which in (logits, oracle.logits))
+    lost, gained = int(np.sum(there & ~here)), int(np.sum(here & ~there))
+    if lost == gained:
+        return None
+    from scipy.stats import binomtest
+
+    found = float(binomtest(lost, lost + gained).pvalue)
+    if found > p_value:
+        return None
+    return f"it loses {lost} images and gains {gained}: that is no chance (exact McNemar p = {found:.2g})"
 
 
 def strict_failure(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances) -> str | None:

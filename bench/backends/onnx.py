@@ -8,11 +8,13 @@ without a word. What counts is which provider each node was assigned to, which o
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.backend import Backend, Options, Placement, Profile, Session, Setting, input_of, locate, preparation
+from bench.backends.pieces import pieces
 from bench.backends.torch_runtime import GpuMemory, TorchDevice, torch_unavailable_reason
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 # prefer_nhwc was slower at every batch but one, and without cudnn_conv_use_max_workspace nothing changed.
 CONVOLUTION_SEARCH = {"cudnn_conv_algo_search": "HEURISTIC"}
 
+SPINNING = "session.intra_op.allow_spinning"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 # Operators that compute with shapes. onnxruntime keeps such nodes on the CPU on purpose, since their results steer the
@@ -51,17 +54,45 @@ SHAPE_OPERATORS = frozenset(
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A way to set onnxruntime up; the default is what a user gets who sets nothing but the number of threads.
+
+    Attributes:
+        name: what it adds to the backend's name.
+        every_optimisation: all graph optimisations, those of the CPU's memory layouts too; else the basic ones.
+        spinning: whether idle threads of the pool keep a core busy for a while, to be there sooner for the next call.
+        parallel: the session has no pool; a batch is cut into pieces, which as many threads of Python's share.
+        cuda_graph: capture a graph for each batch size, where onnxruntime can do that for the model.
+        nhwc: the channels last in memory, on CUDA.
+    """
+
+    name: str = ""
+    every_optimisation: bool = True
+    spinning: bool = True
+    parallel: bool = False
+    cuda_graph: bool = True
+    nhwc: bool = False
+
+
+DEFAULT = Preset()
+
+
+@dataclass(frozen=True)
 class Onnx:
-    """An ONNX file with all of the runtime's own graph optimisations, as a user would load it."""
+    """An ONNX file on one of onnxruntime's providers."""
 
     device: TorchDevice
+    preset: Preset = DEFAULT
     formats: ClassVar[tuple[Format, ...]] = ("onnx",)
     reference: ClassVar[bool] = False
-    on_request: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
-        return f"onnx-{self.device}"
+        return f"onnx-{self.device}" + (f"-{self.preset.name}" if self.preset.name else "")
+
+    @property
+    def on_request(self) -> bool:
+        return self.preset != DEFAULT
 
     def unavailable_reason(self) -> str | None:
         # torch prepares the input on the GPU, and imported first it lets both runtimes share CUDA and cuDNN.
@@ -93,20 +124,27 @@ class Onnx:
     def load(self, bundle: Bundle, options: Options) -> Session:
         path = locate(self, bundle, options)
         if self.device == "cuda":
-            return _load_on_gpu(path, bundle, options)
-        session = open_session(str(path), "cpu", options)
-        return CpuSession(session, bundle, options, read_placement(session, "cpu", path), _settings(session, "cpu"))
+            return _load_on_gpu(path, bundle, options, self.preset)
+        session = open_session(str(path), "cpu", options, self.preset)
+        placement, settings = read_placement(session, "cpu", path), _settings(session, "cpu")
+        if not self.preset.parallel:
+            return CpuSession(session, bundle, options, placement, settings)
+        settings |= {"session_threads": settings["intra_op_threads"], "intra_op_threads": options.threads}
+        return ParallelSession(session, bundle, options, placement, settings)
 
 
-def _load_on_gpu(path: Path, bundle: Bundle, options: Options) -> Session:
+def _load_on_gpu(path: Path, bundle: Bundle, options: Options, preset: Preset) -> Session:
     """The session captures CUDA graphs where onnxruntime can do that for this model, and runs without where not."""
     memory = GpuMemory(bundle, options)  # imports torch, before onnxruntime, so that both use one CUDA and one cuDNN
     shared = {"user_compute_stream": str(memory.stream.cuda_stream)}
-    graph: dict[str, Setting] = {"cuda_graph": True}
+    graph: dict[str, Setting] = {"cuda_graph": preset.cuda_graph}
     try:
-        session = open_session(str(path), "cuda", options, shared | {"enable_cuda_graph": "1"})
+        captured = {"enable_cuda_graph": "1"} if preset.cuda_graph else {}
+        session = open_session(str(path), "cuda", options, preset, shared | captured)
     except Exception as error:  # of no common kind: a model with control flow, or with nodes that are not on the GPU
-        session = open_session(str(path), "cuda", options, shared)
+        if not preset.cuda_graph:
+            raise
+        session = open_session(str(path), "cuda", options, preset, shared)
         graph = {"cuda_graph": False, "cuda_graph_refused": " ".join(str(error).split())}
     placement = read_placement(session, "cuda", path)
     return CudaSession(session, bundle, options, memory, placement, _settings(session, "cuda") | graph)
@@ -116,20 +154,24 @@ def open_session(
     model: str | bytes,
     device: TorchDevice,
     options: Options,
+    preset: Preset = DEFAULT,
     provider_options: dict[str, str] | None = None,
     *,
     optimised: bool = True,
 ) -> Any:
     """An onnxruntime session with the provider of `device` first; never one that quietly changed its providers at run
-    time. `provider_options` are added to those that the profile asks for, on CUDA.
+    time. `provider_options` are added to those that profile and preset ask for, on CUDA. Not `optimised`: the nodes
+    are run as the file has them.
     """
     import onnxruntime
 
     config = onnxruntime.SessionOptions()
-    config.intra_op_num_threads = options.threads
+    config.intra_op_num_threads = 1 if preset.parallel else options.threads
     config.inter_op_num_threads = 1
     levels = onnxruntime.GraphOptimizationLevel
-    config.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    level = levels.ORT_ENABLE_ALL if preset.every_optimisation else levels.ORT_ENABLE_BASIC
+    config.graph_optimization_level = level if optimised else levels.ORT_DISABLE_ALL
+    config.add_session_config_entry(SPINNING, str(int(preset.spinning)))
     config.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     config.log_severity_level = 3  # errors; a warning for every shape node on the CPU would bury them
     providers: list[Any] = [PROVIDERS["cpu"]]
@@ -137,7 +179,8 @@ def open_session(
         if hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA and cuDNN of the installed nvidia packages, which are torch's
         tf32 = "0" if options.profile is Profile.STRICT else "1"
-        on_gpu = {"use_tf32": tf32} | CONVOLUTION_SEARCH | (provider_options or {})
+        layout = {"prefer_nhwc": "1"} if preset.nhwc else {}
+        on_gpu = {"use_tf32": tf32} | CONVOLUTION_SEARCH | layout | (provider_options or {})
         providers.insert(0, (PROVIDERS["cuda"], on_gpu))
     return onnxruntime.InferenceSession(model, config, providers=providers, enable_fallback=0)
 
@@ -224,6 +267,7 @@ def _settings(session: Any, device: TorchDevice) -> dict[str, Setting]:
         "inter_op_threads": config.inter_op_num_threads,
         "graph_optimization_level": config.graph_optimization_level.name,
         "execution_mode": config.execution_mode.name,
+        "spinning": config.get_session_config_entry(SPINNING) == "1",
         "providers": ", ".join(session.get_providers()),
     }
     for key, value in session.get_provider_options().get(PROVIDERS[device], {}).items():
@@ -277,6 +321,31 @@ class CpuSession(OnnxSession):
 
     def fetch(self, output: np.ndarray) -> np.ndarray:
         return output.astype("float32", copy=False)
+
+
+class ParallelSession(CpuSession):
+    """A batch in pieces, on as many threads as there are: onnxruntime lets Python go on while it computes, and several
+    threads may run one session at a time. A session for each of them was no faster.
+    """
+
+    def __init__(
+        self, session: Any, bundle: Bundle, options: Options, placement: Placement, settings: dict[str, Setting]
+    ) -> None:
+        super().__init__(session, bundle, options, placement, settings)
+        self._threads = options.threads
+        self._pool = ThreadPoolExecutor(options.threads)
+
+    def run(self, prepared: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        parts = pieces(len(prepared), self._threads)
+        if len(parts) == 1:
+            return super().run(prepared)
+        return np.concatenate(list(self._pool.map(super().run, [prepared[part] for part in parts])))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -344,4 +413,9 @@ class CudaSession(OnnxSession):
 
 
 CPU: Backend = Onnx("cpu")
+PARALLEL: Backend = Onnx("cpu", Preset("parallel", parallel=True))
+BASIC: Backend = Onnx("cpu", Preset("basic", every_optimisation=False))
+SPINLESS: Backend = Onnx("cpu", Preset("spinless", spinning=False))
 CUDA: Backend = Onnx("cuda")
+NHWC: Backend = Onnx("cuda", Preset("nhwc", nhwc=True))
+EAGER: Backend = Onnx("cuda", Preset("eager", cuda_graph=False))

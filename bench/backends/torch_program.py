@@ -76,12 +76,19 @@ def _placement(module: Any, device: TorchDevice) -> Placement:
     calls = [node for node in module.graph.nodes if node.op == "call_function"]
     arguments = [(node.name, node.kwargs["device"]) for node in calls if node.kwargs.get("device") is not None]
     stray = stray_tensors(device, [*module.named_parameters(), *module.named_buffers()])
-    stray += tuple(f"{name} makes a tensor on {place}" for name, place in arguments if place.type != device)
+    # A device or its name: programs that were moved have the latter.
+    stray += tuple(f"{name} makes a tensor on {place}" for name, place in arguments if _type(place) != device)
     return Placement(
         nodes={device: len(calls)},
         stray=stray,
         evidence="device of every parameter, buffer and device argument of the graph",
     )
+
+
+def _type(place: torch.device | str) -> str:
+    import torch
+
+    return torch.device(place).type
 
 
 CPU: Backend = TorchProgram("cpu")

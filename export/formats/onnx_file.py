@@ -61,22 +61,23 @@ def batchnorms(path: Path) -> int:
     return count(model.graph.node) + sum(count(function.node) for function in model.functions)
 
 
-def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function, float32 batch → float32 logits, on the CPU with every graph optimisation off."""
-    session = open_session(str(path))
+def runner(path: Path, *, optimised: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """The file as a function, batch → float32 logits, on the CPU with every graph optimisation off, or all of them."""
+    session = open_session(str(path), optimised=optimised)
     (name,) = (argument.name for argument in session.get_inputs())
     return lambda batch: np.asarray(session.run(None, {name: batch})[0])
 
 
-def open_session(model: str | bytes, *, silent: bool = False) -> Any:
-    """A file, or its content, in onnxruntime on the CPU with every graph optimisation off.
+def open_session(model: str | bytes, *, silent: bool = False, optimised: bool = False) -> Any:
+    """A file, or its content, in onnxruntime on the CPU with every graph optimisation off, or all of them.
 
     `silent` keeps onnxruntime from printing what it also raises. Raises whatever onnxruntime does.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     if silent:
         options.log_severity_level = 4
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

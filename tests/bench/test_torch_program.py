@@ -22,3 +22,12 @@ def test_weights_and_device_arguments_elsewhere_are_refused() -> None:
     stray = _placement(module, "cuda").stray
     assert "linear.weight is on cpu" in stray
     assert any("makes a tensor on cpu" in line for line in stray)
+
+
+def test_a_device_may_be_named_by_a_string() -> None:
+    module = torch.export.export(MakesATensor().eval(), (torch.zeros(2, 3),)).module(check_guards=False)
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": "cpu"}
+    assert _placement(module, "cpu").stray == ()
+    assert any("makes a tensor on cpu" in line for line in _placement(module, "cuda").stray)

@@ -33,6 +33,7 @@ from bench.results import Result
 from bench.run import Plan, run
 from bench.statistics import throughput
 from bench.summary import CONTROL_SUFFIX, label_of
+from export.bundle import Manifest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "strategies.json"
@@ -131,7 +132,7 @@ def measure(name: str) -> dict[str, Any]:
         "block_s": BLOCK_S,
         "strategies": {
             strategy: {
-                "methods": [norm.method for norm in bundle.manifest.fold.folded],
+                "methods": {backend: methods(bundle.manifest, backend) for backend in BACKENDS},
                 "kept": len(bundle.manifest.fold.kept),
             }
             for strategy, bundle in bundles.items()
@@ -145,6 +146,13 @@ def measure(name: str) -> dict[str, Any]:
             for batch_size in BATCH_SIZES
         },
     }
+
+
+def methods(manifest: Manifest, backend: str) -> list[str]:
+    """How each BatchNorm was folded in the file that the backend runs."""
+    torch_runs_it = backend.startswith("torch")
+    report = (manifest.fold_for_torch if torch_runs_it else None) or manifest.fold
+    return [norm.method for norm in report.folded]
 
 
 def one_run(bundles: list[Path]) -> Result:
@@ -213,8 +221,8 @@ def table() -> None:
         f"in {first['runs']} runs with new processes and another order of the files, each of {first['rounds']} rounds "
         f"of {first['block_s'] * 1000:g} ms; with the 95 % interval of a bootstrap over runs and rounds. The first "
         "column of figures is `auto` against the unfolded control; the others are that strategy against `auto`: below "
-        "1, `auto` is faster. Below each network stands what a strategy did. A strategy that keeps BatchNorms which "
-        "`auto` folds is in brackets: it is another answer to another question.",
+        "1, `auto` is faster. Below each network stands what a strategy did; where it did as `auto` does, its file is "
+        "the same. A strategy that keeps BatchNorms which `auto` folds is in brackets: it answers another question.",
         "",
     ]
     beaten, compared = [], 0
@@ -225,8 +233,12 @@ def table() -> None:
         page += [f"## {entry['network']}", "", f"| backend, batch | auto against unfolded | {names} |"]
         page += [f"|---|---|{'---|' * len(others)}"]
         for place, ratios in entry["throughput_ratios"].items():
+            backend = place.partition(",")[0]
             cells = [_cell(*interval(ratios[CONTROL]))]
             for strategy in others:
+                if strategies[strategy]["methods"][backend] == strategies["auto"]["methods"][backend]:
+                    cells.append("the same file")
+                    continue
                 median, low, high = interval(ratios[strategy])
                 if strategies[strategy]["kept"] > strategies["auto"]["kept"]:
                     cells.append(f"({_cell(median, low, high)})")
@@ -236,10 +248,12 @@ def table() -> None:
                 if low > 1:
                     beaten.append(f"{entry['network']}, {place}: {strategy} by {100 * (median - 1):.1f} %")
             page.append(f"| {place} | {' | '.join(cells)} |")
-        page += [
-            "",
-            *(f"- {name}: {', '.join(s['methods']) or 'nothing'}; {s['kept']} kept" for name, s in strategies.items()),
-        ]
+        page += [""]
+        for name, did in strategies.items():
+            ways = {backend: ", ".join(did["methods"][backend]) or "nothing" for backend in BACKENDS}
+            same = len(set(ways.values())) == 1
+            said = ways[BACKENDS[0]] if same else "; ".join(f"{way} ({backend})" for backend, way in ways.items())
+            page.append(f"- {name}: {said}; {did['kept']} kept")
         page += [""]
     page += [
         f"In {len(beaten)} of {compared} comparisons with a strategy that folds as much, the interval says that it was "

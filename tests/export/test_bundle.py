@@ -65,6 +65,14 @@ def test_everything_is_folded_and_reported(bundle_dir: Path) -> None:
     assert all(norm.error < 1e-12 for norm in report.folded)
 
 
+def test_what_torch_runs_is_folded_its_own_way(bundle_dir: Path) -> None:
+    """A maximum per channel costs torch what the ReLU did; onnxruntime loses its blocked layout to it."""
+    report = Bundle.open(bundle_dir).manifest.fold_for_torch
+    assert report is not None
+    assert [norm.method for norm in report.folded] == ["floor", "floor", "into the layers after"]
+    assert all(norm.error < 1e-12 for norm in report.folded)
+
+
 @pytest.mark.parametrize(
     "name", ["model.onnx", "model.ts", "model.unfolded.pt2", "oracle.safetensors", "checkpoint.safetensors"]
 )

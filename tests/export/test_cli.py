@@ -74,6 +74,19 @@ def test_somebody_elses_folder(training_dir: Path, data_dir: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--variant", "float8"], "int8-raw"), (["--calibration", "c.npz"], "--model")],
+    ids=["unknown variant", "calibration without a model"],
+)
+def test_variants_that_are_a_usage_error(arguments: list[str], says: str, training_dir: Path, tmp_path: Path) -> None:
+    done = export("--checkpoint", training_dir / "checkpoint.safetensors", "--out", tmp_path / "b", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
 def test_unknown_strategy_is_a_usage_error() -> None:
     done = export("--strategy", "magic")
     assert done.returncode == 2
