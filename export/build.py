@@ -153,7 +153,7 @@ def build(
             torch_program = onnx_program
             if for_torch is not folded:
                 torch_program = export_program(for_torch.module.float(), (example,), batch)
-            entries = _write_files(folder, material, program, onnx_program, torch_program, for_torch.module)
+            entries = _write_files(folder, material, program, onnx_program, torch_program, for_torch.module, say)
             for file, opset in variants.write(plan, networks, material, folder, say):
                 entries.append(_variant_entry(folder, file, opset))
             (folder / "checkpoint.safetensors").write_bytes(material.weights)
@@ -192,6 +192,7 @@ def _write_files(
     onnx_program: torch.export.ExportedProgram,
     torch_program: torch.export.ExportedProgram,
     for_torch: torch.fx.GraphModule,
+    say: Callable[[str], None],
 ) -> list[FileEntry]:
     """The float32 files: of `program`, which is not folded, and of the network folded for each runtime."""
     import torch
@@ -205,22 +206,25 @@ def _write_files(
     opset = onnx_file.write(onnx_program, folder / "model.onnx", *names, optimize=True)
     # torch's own optimiser would fold what it can, and the control would be none.
     onnx_file.write(program, folder / "model.unfolded.onnx", *names, optimize=False)
-    torchscript.write(for_torch, example, folder / "model.ts")
-    torchscript.write(material.module, example, folder / "model.unfolded.ts")
 
     def entry(name: str, format: Format, folded: bool, opset: int | None = None) -> FileEntry:
         return FileEntry(
             **_data_file(folder / name).model_dump(), format=format, precision="float32", folded=folded, opset=opset
         )
 
-    return [
+    entries = [
         entry("model.onnx", "onnx", True, opset),
         entry("model.unfolded.onnx", "onnx", False, opset),
-        entry("model.ts", "torchscript", True),
-        entry("model.unfolded.ts", "torchscript", False),
         entry("model.pt2", "pt2", True),
         entry("model.unfolded.pt2", "pt2", False),
     ]
+    if torchscript.available():
+        torchscript.write(for_torch, example, folder / "model.ts")
+        torchscript.write(material.module, example, folder / "model.unfolded.ts")
+        entries += [entry("model.ts", "torchscript", True), entry("model.unfolded.ts", "torchscript", False)]
+    else:
+        say(f"torch {torch.__version__} has no TorchScript any more, so none is written")
+    return entries
 
 
 def _variant_entry(folder: Path, file: File, opset: int | None) -> FileEntry:

@@ -18,6 +18,11 @@ from torch import fx, nn
 aten = torch.ops.aten
 
 
+def available() -> bool:
+    """Whether this torch still has TorchScript."""
+    return hasattr(torch.jit, "trace") and hasattr(torch.jit, "load")
+
+
 def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     """Trace `module` on `example` [batch, …] and save it. Nothing is frozen or folded by TorchScript itself.
 

@@ -116,3 +116,14 @@ def test_logits_that_are_not_finite_in_float32(material: Material, tmp_path: Pat
     last.weight.data.fill_(1e38)  # type: ignore[union-attr,operator]
     material.module.classifier[3].weight.data.fill_(1e38)  # type: ignore[index,union-attr,operator]
     assert "it overflows" in refuse(material, tmp_path)
+
+
+def test_a_torch_without_torchscript(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its makers have deprecated it: the day it is gone, the other files are made as before."""
+    from export.formats import torchscript
+
+    monkeypatch.setattr(torchscript, "available", lambda: False)
+    said: list[str] = []
+    bundle = build.build(material, tmp_path / "bundle", "auto", said.append)
+    assert {file.format for file in bundle.manifest.files} == {"onnx", "pt2"}
+    assert any("no TorchScript" in line for line in said)
