@@ -43,22 +43,23 @@ class Contender:
 
 @dataclass(frozen=True)
 class Chance:
-    """The most that a choice reached of the best of a kind, which was `label`, at `batch_size`; less than `margin` asks
-    for.
-    """
+    """The most that a choice reached of the best of a kind, which was `label`, at `batch_size`."""
 
     share: float
     label: str
     batch_size: int
     kind: str
-    margin: float
 
     @property
     def words(self) -> str:
+        """What it reached, and where."""
+        return f"{self.share:.0%} of {self.label} at batch {self.batch_size} ({self.kind})"
+
+    def no_chance_words(self, margin: float) -> str:
         """Why it is not measured any further."""
         return (
-            f"a short look left it no chance: at no batch size and in no respect did it come within {self.margin:.0%} "
-            f"of the best; nearest with {self.share:.0%} of {self.label} at batch {self.batch_size} ({self.kind})"
+            f"a short look left it no chance: at no batch size and in no respect did it come within {margin:.0%} of "
+            f"the best; nearest with {self.words}"
         )
 
 
@@ -112,25 +113,22 @@ def _contender(subject: SubjectResult, rows: Sequence[Row], look: Result) -> Con
     )
 
 
-def hopeless(everybody: Sequence[Contender], margin: float = MARGIN) -> dict[str, Chance]:
-    """Those that nowhere come within `margin` of the best, each with the most that it reached. Whoever could not be
-    compared is not among them.
-    """
-    chances: dict[str, list[Chance]] = {one.label: [] for one in everybody}
+def chances(everybody: Sequence[Contender]) -> dict[str, Chance]:
+    """The best chance of each, by label. Whoever could not be compared has none."""
+    found: dict[str, list[Chance]] = {one.label: [] for one in everybody}
     for kind, members in _kinds(everybody).items():
         for batch_size in sorted({size for one in members for size in one.speed}):
             timed = [one for one in members if batch_size in one.speed]
             fastest = max(timed, key=lambda one: one.speed[batch_size])
             for one in timed:
                 share = one.speed[batch_size] / fastest.speed[batch_size]
-                chances[one.label].append(Chance(share, fastest.label, batch_size, f"throughput, {kind}", margin))
+                found[one.label].append(Chance(share, fastest.label, batch_size, f"throughput, {kind}"))
             steady = [one for one in members if batch_size in one.p99]
             for one in steady:
                 best = min(steady, key=lambda other: other.p99[batch_size])
                 share = best.p99[batch_size] / one.p99[batch_size]
-                chances[one.label].append(Chance(share, best.label, batch_size, f"p99, {kind}", margin))
-    best_chances = {label: max(own, key=lambda chance: chance.share) for label, own in chances.items() if own}
-    return {label: chance for label, chance in best_chances.items() if chance.share < 1 - margin}
+                found[one.label].append(Chance(share, best.label, batch_size, f"p99, {kind}"))
+    return {name: max(own, key=lambda chance: chance.share) for name, own in found.items() if own}
 
 
 def _kinds(everybody: Sequence[Contender]) -> dict[str, list[Contender]]:

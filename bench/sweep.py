@@ -67,7 +67,7 @@ def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
     """Make every run that is not yet in `folder`, and return the whole.
 
     Raises BenchError: a damaged file of the bundle, a variant that it doesn't have, a backend that was named and can't
-    run, or nothing at all that can. What was finished before is in the folder.
+    run, nothing at all that can, or nothing that is right. What was finished before is in the folder.
     """
     started_at, began = datetime.now(UTC), time.monotonic()
     progress("seeing what can run here", 0.0)
@@ -94,11 +94,15 @@ def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
         looked = list(leg.looks(first, 0.0, LOOKS_SHARE / 2))
         second, not_worth_it = worth_a_look(second, looked, wanted.most_threads)
         looked += leg.looks(second, LOOKS_SHARE / 2, LOOKS_SHARE)
-        left, out = chosen([*first, *second], looked, leg.reference, wanted)
+        others = [choice for choice in (*first, *second) if choice != leg.reference]
+        left, out = chosen(others, looked, wanted, leg.clock.room)
         runs += leg.full_runs(left)
         looks += looked
         skipped += [*out, *not_worth_it]
     progress("done", 1.0)
+    if not runs:
+        told = "; ".join(f"{entry.what}: {entry.reason}" for entry in skipped)
+        raise BenchError(f"nothing could be measured: {told}", EXIT_NEGATIVE)
     return Sweep(
         schema_version=SWEEP_VERSION,
         kind="sweep",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.backend import BACKENDS, Options, Profile, file_of, find_backend
-from bench.contenders import contenders, hopeless
+from bench.contenders import MARGIN, chances, contenders
 from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.results import Result, SubjectResult
 from bench.run import Choice
@@ -25,6 +25,10 @@ from export.bundle import FLOAT32, RAW_SUFFIX, VARIANTS, Bundle
 
 # How far behind the best somebody may be who could be the best with other threads or as a preset.
 WORTH_A_LOOK = 0.5
+TOO_MANY = (
+    "the time is enough for full rounds of {most}, and others came nearer to the best; it reached {reached}. Give it "
+    "more with --time-limit"
+)
 NOT_REACHED = "the time was over before its turn came: give it more with --time-limit"
 
 
@@ -143,27 +147,32 @@ def worth_a_look(
     second: Sequence[Choice], looks: Sequence[Result], most_threads: int
 ) -> tuple[list[Choice], list[LeftOut]]:
     """Whom of them to look at after the first, and for each of the others why not: its base is not worth it."""
-    wrong, chances = _wrong(looks), hopeless(contenders(looks), WORTH_A_LOOK)
+    wrong, best = _wrong(looks), chances(contenders(looks))
     left: list[Choice] = []
     out: list[LeftOut] = []
     for choice in second:
         base = label(base_of(choice, most_threads), most_threads)
-        reason = wrong[base].reason if base in wrong else chances[base].words if base in chances else None
-        if reason is None:
-            left.append(choice)
+        if base in wrong:
+            reason = wrong[base].reason
+        elif base in best and best[base].share < 1 - WORTH_A_LOOK:
+            reason = best[base].no_chance_words(WORTH_A_LOOK)
         else:
-            out.append(LeftOut(what=label(choice, most_threads), reason=f"as {base}: {reason}", failed=False))
+            left.append(choice)
+            continue
+        out.append(LeftOut(what=label(choice, most_threads), reason=f"as {base}: {reason}", failed=False))
     return left, out
 
 
 def chosen(
-    choices: Sequence[Choice], looks: Sequence[Result], reference: Choice | None, wanted: Wanted
+    choices: Sequence[Choice], looks: Sequence[Result], wanted: Wanted, most: int
 ) -> tuple[list[Choice], list[LeftOut]]:
-    """Whom to measure in full after the looks, and for each of the others why not. The reference needs no chance."""
+    """Whom to measure in full after the looks, the nearest to the best first and at most so many, and for each of the
+    others why not.
+    """
     seen = {subject.label for look in looks for subject in look.subjects}
     absent = {entry.backend: entry.reason for look in looks for entry in look.skipped}
-    wrong, chances = _wrong(looks, wanted.backends), hopeless(contenders(looks))
-    left: list[Choice] = []
+    wrong, best = _wrong(looks, wanted.backends), chances(contenders(looks))
+    left: list[tuple[float, Choice]] = []
     out: list[LeftOut] = []
     for choice in choices:
         name = label(choice, wanted.most_threads)
@@ -171,11 +180,16 @@ def chosen(
             out.append(LeftOut(what=name, reason=absent.get(name, NOT_REACHED), failed=True))
         elif name in wrong:
             out.append(wrong[name])
-        elif name in chances and choice != reference:
-            out.append(LeftOut(what=name, reason=chances[name].words, failed=False))
+        elif name in best and best[name].share < 1 - MARGIN:
+            out.append(LeftOut(what=name, reason=best[name].no_chance_words(MARGIN), failed=False))
         else:
-            left.append(choice)
-    return left, out
+            left.append((best[name].share if name in best else 1.0, choice))
+    ranked = [choice for _, choice in sorted(left, key=lambda one: one[0], reverse=True)]
+    for choice in ranked[most:]:
+        name = label(choice, wanted.most_threads)
+        reached = best[name].words if name in best else "nothing that it could be compared with"
+        out.append(LeftOut(what=name, reason=TOO_MANY.format(most=most, reached=reached), failed=False))
+    return ranked[:most], out
 
 
 def _wrong(looks: Sequence[Result], named: Sequence[str] = ()) -> dict[str, LeftOut]:

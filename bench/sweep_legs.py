@@ -23,9 +23,12 @@ LOOK_ROUNDS, LOOK_BLOCK_S = 3, 0.02
 FULL_BLOCK_S = 0.05
 # No look begins after this share of the time: what is known by then is worth full rounds.
 LOOKS_SHARE = 0.65
-# What a worker may need with the largest batch; all together get half of the memory. In a round of more workers, the
-# last is too far from the first.
-WORKER_BYTES, LARGEST_RUN = 600 * 2**20, 24
+# What a choice takes of a full run: six to ten rounds, which an interval needs, and 4 s to start, parity and warming up
+# (13 took 119 s with six rounds, on two cores that had other work too). So many are measured whatever the time.
+FULL_S, FEWEST = 11.0, 8
+# What the workers of a run need each, the largest of torch's 860 MB, most of the others 200; together they get half of
+# the memory. In a round of more of them, the last is too far from the first.
+WORKER_BYTES, LARGEST_RUN = 400 * 2**20, 32
 # How many may start on one CPU: a worker's imports take some seconds of it, and its patience ends with `timeout_s`. One
 # that compiles does so for half a minute and more.
 STARTING_PER_CPU, COMPILING_PER_CPU = 8, 2
@@ -55,6 +58,13 @@ class Clock:
         """Where a share of the leg is in the whole sweep (0 to 1)."""
         return (self.place + of_leg) / self.legs
 
+    @property
+    def room(self) -> int:
+        """How many choices there is time for in full rounds. It depends on the limit alone, not on what is left of it:
+        a sweep that goes on later has the same.
+        """
+        return max(FEWEST, int((1 - LOOKS_SHARE) * self.limit_s / self.legs / FULL_S))
+
     def left_s(self, of_leg: float) -> float:
         """Seconds until that share of the leg is over; 0 when it is."""
         return max(0.0, self.began + self.share(of_leg) * self.limit_s - time.monotonic())
@@ -77,7 +87,8 @@ class Leg:
         """Parity and a few short rounds of all, in as many runs as it takes, until the looks' time is over. `begin` and
         `end` are shares of the leg, for the progress.
         """
-        groups = grouped(self._others(choices), usable_cpus(), self.folder.machine.memory_bytes)
+        others = [choice for choice in choices if choice != self.reference]
+        groups = grouped(others, usable_cpus(), self.folder.machine.memory_bytes)
         if choices and not groups:
             groups = [[]]  # the reference by itself
         for place, group in enumerate(groups):
@@ -87,15 +98,14 @@ class Leg:
             yield self._run("look", self._plan(group, LOOK_ROUNDS, LOOK_BLOCK_S), here, there)
 
     def full_runs(self, choices: Sequence[Choice]) -> Iterator[Result]:
-        """Rounds of those who are left until more would tell little more, or the time is over."""
-        groups = _split(self._others(choices), _room(self.folder.machine.memory_bytes)) or [[]]
+        """Rounds of these and of the reference, until more would tell little more or the time is over."""
+        groups = _split(choices, _room(self.folder.machine.memory_bytes))
+        if not groups and self.reference is not None:
+            groups = [[]]
         for place, group in enumerate(groups):
             begin, end = (LOOKS_SHARE + (1 - LOOKS_SHARE) * at / len(groups) for at in (place, place + 1))
             plan = replace(self._plan(group, None, FULL_BLOCK_S), time_limit_s=self.wanted.time_limit_s)
             yield self._run("full", plan, begin, end)
-
-    def _others(self, choices: Sequence[Choice]) -> list[Choice]:
-        return [choice for choice in choices if choice != self.reference]
 
     def _plan(self, group: Sequence[Choice], rounds: int | None, block_s: float) -> Plan:
         return _Offer(

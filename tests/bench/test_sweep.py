@@ -21,7 +21,7 @@ import bench.sweep_folder
 import bench.sweep_legs
 from bench.backend import BACKENDS
 from bench.cli import app
-from bench.contenders import MARGIN, contenders, hopeless
+from bench.contenders import MARGIN, chances, contenders
 from bench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.results import Failure, Result, write_result
 from bench.run import Choice
@@ -182,10 +182,43 @@ def test_what_keeps_somebody_in(result: Result, wanted: Wanted, changes: dict[st
     slow = replace(Figures({1: 10, 8: 10}, {1: 100.0}, flips=5, memory_bytes=300 * MB), **changes)
     torch = replace(best, per_s={1: 100, 8: 100}, p99_ms={1: 10.0}, memory_bytes=400 * MB)
     look = result_of(result, {TORCH: torch, ONNX: best, INT8: slow}, wanted.bundle)
-    out = hopeless(contenders([look]))
-    assert ("onnx-cpu:int8" not in out) == stays
+    chance = chances(contenders([look]))["onnx-cpu:int8"]
+    assert (chance.share >= 1 - MARGIN) == stays
     if not changes:
-        assert out["onnx-cpu:int8"].words.endswith("nearest with 1% of onnx-cpu at batch 1 (throughput, of all)")
+        assert chance.words == "1% of onnx-cpu at batch 1 (throughput, of all)"
+
+
+def test_where_there_are_too_many_the_nearest_to_the_best_are_measured(
+    swept: Callable[..., Sweep], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many, their number depends on the time limit, and not on what is left of it: it is the same again."""
+    monkeypatch.setattr(bench.sweep_legs, "FEWEST", 2)
+    monkeypatch.setattr(bench.sweep_legs, "FULL_S", 10.0)
+    machine.world = {
+        Choice("onnx-cpu", variant, threads): Figures({1: 1000 - 10 * threads - place}, flips=1)
+        for place, variant in enumerate(("float32", "int8", "int8-raw"))
+        for threads in (1, 2)
+    }
+    sweep = swept(backends=("onnx-cpu",), batch_sizes=(1,))
+    names = [f"onnx-cpu{variant}/1" for variant in ("", ":int8", ":int8-raw")]
+    assert [subject.label for subject in sweep.runs[0].subjects] == ["torch-cpu", *names]
+    told = reasons(sweep)["onnx-cpu:int8-raw"]
+    assert told.startswith(
+        "the time is enough for full rounds of 3, and others came nearer to the best; it reached 99%"
+    )
+    assert sweep_exit_code(sweep) == 0
+
+
+def test_where_nothing_is_right_that_is_the_error(
+    swept: Callable[..., Sweep], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the reference, that is: it is measured in any case."""
+    here = {name: None if name == "onnx-cpu" else NO_GPU for name in BACKENDS}
+    monkeypatch.setattr(bench.sweep, "availability", lambda threads, timeout_s: here)
+    machine.world = {ONNX: Figures(wrong="RMS error 1 exceeds 2")}
+    with pytest.raises(BenchError, match="nothing could be measured: onnx-cpu: parity failed: RMS error") as caught:
+        swept(backends=("onnx-cpu",), variants=("float32",), threads=(2,))
+    assert caught.value.exit_code == EXIT_NEGATIVE
 
 
 @pytest.mark.parametrize(
