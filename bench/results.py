@@ -322,6 +322,7 @@ def read_result(path: Path) -> Result:
     others = {
         "scenario": "is what LoadGen found in a scenario: it has no rounds",
         "suite": "is a suite of several runs: bench report shows it, but there is no one result in it",
+        "sweep": "is a sweep of several runs: bench recommend reads it, but there is no one result in it",
     }
     if (kind := fields.get("kind")) in others:
         raise BenchError(f"{path} {others[kind]}. {REMEDY}", EXIT_BAD_INPUT)

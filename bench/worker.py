@@ -318,6 +318,10 @@ def _peak_memory_bytes() -> int | None:
     """The largest resident memory of this process so far; None on Windows."""
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":
+        # What `getrusage` says survives exec: a worker would start with the peak of the process that spawned it.
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
