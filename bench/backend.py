@@ -151,19 +151,18 @@ BACKENDS: dict[str, str] = {
 }
 
 
-def takes_raw(options: Options) -> bool:
-    """Whether the file that `options` pick takes the raw input and has the preprocessing inside."""
-    return options.variant.endswith("-raw")
-
-
 def input_of(bundle: Bundle, options: Options) -> TensorSpec:
     """What the file that `options` pick takes."""
-    return bundle.manifest.preprocessing.raw if takes_raw(options) else bundle.manifest.input
+    from export.bundle import takes_raw
+
+    return bundle.manifest.preprocessing.raw if takes_raw(options.variant) else bundle.manifest.input
 
 
 def preparation(bundle: Bundle, options: Options) -> Callable[[np.ndarray], np.ndarray]:
     """From raw input to what the file takes, in NumPy: the bundle's own preprocessing, or nothing."""
-    if takes_raw(options):
+    from export.bundle import takes_raw
+
+    if takes_raw(options.variant):
         return lambda raw: raw
     preprocessing, shape = bundle.manifest.preprocessing, bundle.manifest.input.shape
     return lambda raw: preprocessing.apply(raw, shape)

@@ -29,7 +29,6 @@ from bench.loadgen import Scenario
 from bench.options import (
     DEFAULT_BUNDLE,
     DEFAULT_TIMEOUT_S,
-    RESULTS,
     BackendOption,
     BatchSizeOption,
     BlockOption,
@@ -39,8 +38,10 @@ from bench.options import (
     ThreadsOption,
     TimeoutOption,
     VariantOption,
+    check_judged,
     check_names,
     command_line,
+    default_place,
     shown_progress,
 )
 from bench.report_format import ReportFormat, chosen_format
@@ -119,7 +120,7 @@ def run_command(
     from bench.results import check_writable, write_result
 
     ending = "" if scenario is None else f"-{scenario}"
-    target = json or RESULTS / f"{bundle.name or bundle.resolve().name}{ending}.json"
+    target = json or default_place(bundle, f"{ending}.json")
     from bench.environment import usable_cpus
     from bench.run import Plan, exit_code, run
 
@@ -179,15 +180,13 @@ def suite_command(
 
     Exit code 1 when a parity failed, a backend did not finish, or a run that was due could not be made.
     """
-    check_names(backend)
-    if backend and "null" in backend:
-        raise BenchError("null is no backend to judge or to compare. Leave --backend null out.", EXIT_USAGE)
+    check_judged(backend)
     from bench.environment import usable_cpus
     from bench.suite import Wanted as WantedSuite
     from bench.suite import conduct, suite_exit_code
     from bench.suite_page import PAGE_NAME, check_folder, write_suite
 
-    target = out or RESULTS / f"{bundle.name or bundle.resolve().name}-suite"
+    target = out or default_place(bundle, "-suite")
     check_folder(target)
     wanted = WantedSuite(
         command=command_line(),

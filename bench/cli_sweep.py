@@ -12,15 +12,15 @@ from typing import Annotated
 
 import typer
 
-from bench.errors import EXIT_USAGE, BenchError, Terminated
+from bench.errors import Terminated
 from bench.options import (
     DEFAULT_BUNDLE,
     DEFAULT_TIMEOUT_S,
-    RESULTS,
     BundleOption,
     TimeoutOption,
-    check_names,
+    check_judged,
     command_line,
+    default_place,
     shown_progress,
 )
 
@@ -75,9 +75,7 @@ def sweep_command(
 
     Exit code 1 when a float32 file is wrong, or something that was due could not be measured.
     """
-    check_names(backend)
-    if backend and "null" in backend:
-        raise BenchError("null is no backend to judge or to compare. Leave --backend null out.", EXIT_USAGE)
+    check_judged(backend)
     from bench.environment import usable_cpus
     from bench.report import console
     from bench.results import write_result
@@ -86,7 +84,7 @@ def sweep_command(
     from bench.sweep_folder import OPTION, SweepFolder
     from bench.sweep_page import print_sweep
 
-    target = out or RESULTS / f"{bundle.name or bundle.resolve().name}-sweep"
+    target = out or default_place(bundle, "-sweep")
     wanted = Wanted(
         command=command_line(),
         path=bundle.absolute(),

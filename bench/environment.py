@@ -135,7 +135,7 @@ def describe() -> Environment:
     return Environment(
         platform=platform.platform(),
         python=platform.python_version(),
-        versions=_versions(),
+        versions=installed("ninefold", "numpy", "scipy"),
         cpu=cpuinfo.get_cpu_info().get("brand_raw", platform.processor()),
         logical_cpus=os.cpu_count() or 1,
         physical_cpus=psutil.cpu_count(logical=False),
@@ -160,10 +160,12 @@ def cpu_busy_percent() -> float:
     return float(psutil.cpu_percent(interval=BUSY_WINDOW_S))
 
 
-def _versions() -> dict[str, str]:
-    """What is installed. A checkout that nobody installed has no version; its commit says what it is."""
+def installed(*names: str) -> dict[str, str]:
+    """The versions of those packages that are installed. A checkout that nobody installed has none; its commit says
+    what it is.
+    """
     found = {}
-    for name in ("ninefold", "numpy", "scipy"):
+    for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -1,8 +1,7 @@
 """What a file of results holds, whatever kind it is.
 
-Owns which kinds there are: a run's or a comparison's result, and the suites and sweeps of
-several. Knows neither how they were made
-nor how they are shown.
+Owns which kinds there are: a run's or a comparison's result, and the suites and sweeps of several. Knows neither how
+they were made nor how they are shown.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.results import Result, read_fields, read_result
+from bench.results import Result, read_fields, result_of
 from bench.suite import LeftOut, Suite, leg_of, read_suite
 from bench.summary import derived
 from bench.sweep import read_sweep
@@ -44,10 +43,12 @@ class Source:
 
 def results_in(path: Path) -> Source:
     """The results in a file of any kind. Raises BenchError (bad input)."""
-    if read_fields(path).get("kind") == "sweep":
+    fields = read_fields(path)
+    kind = fields.get("kind")
+    if kind == "sweep":
         sweep = read_sweep(path)
         return Source(path, tuple(map(derived, sweep.runs)), sweep.skipped)
-    if (suite := read_suite(path)) is not None:
+    if kind == "suite" and (suite := read_suite(path)) is not None:
         runs = tuple(map(derived, suite.runs))
         return Source(path, runs, suite.left_out, suite.model_copy(update={"runs": runs}))
-    return Source(path, (derived(read_result(path)),))
+    return Source(path, (derived(result_of(fields, path)),))

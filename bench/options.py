@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.backend import Profile, find_backend
+from bench.errors import EXIT_USAGE, BenchError
 
 if TYPE_CHECKING:
     from bench.run import Progress
@@ -61,6 +62,18 @@ def check_names(names: list[str] | None) -> None:
     """Raises BenchError (usage) for a name that is no backend, before anything slow is imported."""
     for name in names or ():
         find_backend(name)
+
+
+def check_judged(names: list[str] | None) -> None:
+    """As `check_names`, for a command that judges and compares: the backend that computes nothing is none of them."""
+    check_names(names)
+    if names and "null" in names:
+        raise BenchError("null is no backend to judge or to compare. Leave --backend null out.", EXIT_USAGE)
+
+
+def default_place(bundle: Path, ending: str) -> Path:
+    """Where the results of a bundle go if nobody says it."""
+    return RESULTS / f"{bundle.name or bundle.resolve().name}{ending}"
 
 
 def command_line() -> str:

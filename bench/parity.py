@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.backend import Profile
-from export.bundle import Oracle, Tolerances
+from export.bundle import COARSER, FLOAT32, Oracle, Precision, Tolerances
 
-# The bound where an output is not class scores, so that there are no flips to count: TF32, as the fast
-# profile lets float32 be computed, and float16 keep 10 bits of the significand where float32 keeps 23, so that one
-# rounding is 2^13 times as coarse; bfloat16 keeps 7. A step of int8 is 2^-8 of the largest value, whatever the value.
-ROUNDING = {"float32": 2.0**13, "float16": 2.0**13, "bfloat16": 2.0**16, "int8": 2.0**16}
+# How much coarser than float32 a rounding may be where an output is not class scores, so that there are no flips to
+# count. The fast profile lets float32 be computed in TF32, whose significand is float16's.
+ROUNDING = COARSER | {"float32": COARSER["float16"]}
 # From what float64 tells apart to what no logit is off by, four to a power of ten.
 HISTOGRAM_FROM, HISTOGRAM_STEP, HISTOGRAM_RANGES = -9.0, 0.25, 44
 
@@ -99,7 +98,7 @@ class ParityVerdict:
 
 
 def judge(
-    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile, precision: str = "float32"
+    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile, precision: Precision = FLOAT32
 ) -> ParityVerdict:
     """Compare a backend's float32 logits with the oracle's, both [N, …] in the same order of images.
 

@@ -12,30 +12,24 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from bench.backend import Device
 from bench.contenders import exact, memory_bytes
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
 from bench.facts import right_rows, subject_of
 from bench.parity import ParityVerdict
-from bench.results import BundleFacts, FileFacts, Percentiles, Result, Row, SubjectResult, find_ratio
+from bench.results import BundleFacts, FileFacts, Frozen, Percentiles, Result, Row, SubjectResult, find_ratio
 from bench.snippet import Runnable, snippet
 from bench.statistics import PairedRatio, Spread
 from bench.sweep import Sweep
 from bench.wording import milliseconds
-from export.bundle import FLOAT32, RAW_SUFFIX, TensorSpec
+from export.bundle import FLOAT32, TensorSpec, takes_raw
 
 RECOMMENDATION_VERSION: Literal[1] = 1
 # Two starts of the same process differ by some MB: what is not more apart is no reason to recommend anything.
 MEMORY_STEP_BYTES = 10 * 2**20
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Candidate(_Frozen):
+class Candidate(Frozen):
     """A file on a runtime, with so many threads, in batches of that size.
 
     `times_torch` is the throughput over the eager reference's with all threads, on the same device and in the same
@@ -60,7 +54,7 @@ class Candidate(_Frozen):
     memory_bytes: int
 
 
-class Pick(_Frozen):
+class Pick(Frozen):
     """The best in one respect. `command` measures it again; `program` runs that very file, without ninefold."""
 
     respect: str
@@ -69,7 +63,7 @@ class Pick(_Frozen):
     program: str
 
 
-class Recommendation(_Frozen):
+class Recommendation(Frozen):
     """The whole file. `front` is every candidate that none other beats in throughput, p99, top-1, file size and memory
     at once; `lacking` says which respects nobody is the best in.
     """
@@ -255,7 +249,7 @@ def program(sweep: Sweep, one: Candidate) -> str:
 
 def input_of(sweep: Sweep, one: Candidate) -> TensorSpec:
     """What the file takes."""
-    return sweep.preprocessing.raw if one.variant.endswith(RAW_SUFFIX) else sweep.input
+    return sweep.preprocessing.raw if takes_raw(one.variant) else sweep.input
 
 
 def _throughput(one: Candidate) -> float:

@@ -33,11 +33,13 @@ REMEDY = "Name a file that bench run (without --scenario) or bench ab wrote with
 M = TypeVar("M", bound=BaseModel)
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """What every file of `bench` is made of: never changed once it is made, and with no field that nobody knows."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class BundleFacts(_Frozen):
+class BundleFacts(Frozen):
     """Which bundle was measured. `digest` is the SHA-256 of its manifest, which holds the hash of every file.
 
     `letter` tells the bundles of a run apart; None where there was but one. `fold` says what became of each BatchNorm.
@@ -50,7 +52,7 @@ class BundleFacts(_Frozen):
     fold: FoldReport | None = None
 
 
-class FileFacts(_Frozen):
+class FileFacts(Frozen):
     """The bundle's file that a backend loaded."""
 
     path: str
@@ -61,7 +63,7 @@ class FileFacts(_Frozen):
     bytes: int | None = None
 
 
-class Failure(_Frozen):
+class Failure(Frozen):
     """Why a backend did not finish. `trace` is its traceback, or the last that its process printed."""
 
     kind: FailureKind
@@ -69,7 +71,7 @@ class Failure(_Frozen):
     trace: str
 
 
-class WarmUpFacts(_Frozen):
+class WarmUpFacts(Frozen):
     """What was run before the first timed block. `settled` is False where the calls were still not alike."""
 
     batch_size: int
@@ -78,7 +80,7 @@ class WarmUpFacts(_Frozen):
     settled: bool
 
 
-class SubjectResult(_Frozen):
+class SubjectResult(Frozen):
     """A backend with the file that it ran.
 
     `label` is the backend's name, with the variant of its file unless it is float32, its threads where they are not the
@@ -105,7 +107,7 @@ class SubjectResult(_Frozen):
     failure: Failure | None
 
 
-class Sample(_Frozen):
+class Sample(Frozen):
     """A timed block: calls timed one after the other without a pause, each on `batch_size` images.
 
     `position` is the place of the block's turn within its round; `quiet_after_s` is how long the runtime's threads kept
@@ -128,7 +130,7 @@ class Sample(_Frozen):
     quiet_after_s: float
 
 
-class Percentiles(_Frozen):
+class Percentiles(Frozen):
     """Order statistics over every call of every round, in ms; None where the samples are too few to have it.
 
     The true percentile does not exceed its `_upper` with 95 % confidence.
@@ -142,7 +144,7 @@ class Percentiles(_Frozen):
     p99_upper: float | None
 
 
-class Row(_Frozen):
+class Row(Frozen):
     """What was found for a subject at a batch size. Throughputs are those of the rounds' blocks.
 
     `verdict` is stable where both medians are known to within 1 %. `timer_share_percent` is how much of a call on the
@@ -176,7 +178,7 @@ Against = Literal["torch", "control", "base"]
 """torch on the same device; the unfolded file on the same backend; the first bundle on the same backend."""
 
 
-class Ratio(_Frozen):
+class Ratio(Frozen):
     """Throughput of `numerator` over that of `denominator`, paired by round: above 1, the numerator is faster."""
 
     against: Against
@@ -196,14 +198,14 @@ def find_ratio(
     return next(found, None)
 
 
-class Skipped(_Frozen):
+class Skipped(Frozen):
     """A backend that nobody named and that can't run here."""
 
     backend: str
     reason: str
 
 
-class Settings(_Frozen):
+class Settings(Frozen):
     """What the run was asked for. Fewer rounds than `rounds` were done where `time_limit_s` was reached before; where
     it is None, rounds went on until they told nothing new, or until that limit.
     """
@@ -217,7 +219,7 @@ class Settings(_Frozen):
     timeout_s: float
 
 
-class Result(_Frozen):
+class Result(Frozen):
     """The whole file. `rows` and `ratios` can be derived again from `samples`.
 
     `survey` is what `roofline` compares the rows with; None where it was not made. `readings` are the machine's clocks,
@@ -318,7 +320,11 @@ def read_result(path: Path) -> Result:
     """The result in a file. Raises BenchError (bad input) for one that is missing, cut off, no JSON, of another
     version of the schema, or no result.
     """
-    fields = read_fields(path)
+    return result_of(read_fields(path), path)
+
+
+def result_of(fields: dict[str, Any], path: Path) -> Result:
+    """The result in what `read_fields` found at `path`. Raises BenchError (bad input), as `read_result` does."""
     others = {
         "scenario": "is what LoadGen found in a scenario: it has no rounds",
         "suite": "is a suite of several runs: bench report shows it, but there is no one result in it",

@@ -95,7 +95,8 @@ class Plan:
         bundles: what to run, in the same rounds; the first is what the others are compared with.
         backends: names, or None for all that are available here, but those that run on request only.
         variants: of the files; each backend runs those that the bundle has for it.
-        choices: in place of `backends` and `variants`, each combination by itself.
+        choices: in place of `variants`, and of `backends` where these are None, each combination by itself. Nobody
+            named them: one that can't run, or can't load its file, is a finding and not the end of the run.
         device: where no backend is named, only those on this device; None is all of them.
         control: the backends that also run the first bundle's unfolded file, if they run its folded one.
         rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
@@ -127,11 +128,6 @@ class Plan:
     variants: tuple[str, ...] = (FLOAT32,)
     choices: tuple[Choice, ...] | None = None
     command: str | None = None
-
-    @property
-    def named(self) -> bool:
-        """Whether somebody asked for these backends, and not for whatever there is."""
-        return self.backends is not None or self.choices is not None
 
 
 @dataclass(frozen=True)
@@ -209,7 +205,7 @@ def loaded(plan: Plan, progress: Progress) -> Iterator[Ready]:
     environment = describe()
     progress("starting the backends", 0.01)
     with _workers(plan, subjects) as lanes:
-        skipped += _load(lanes, asked=plan.named)
+        skipped += _load(lanes, asked=plan.backends is not None)
         facts = tuple(
             BundleFacts(
                 letter=letter,
@@ -328,7 +324,7 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
                 f"the bundle at {bundle.path} has no {' or '.join(backend.formats)} file ({wanted}). Export it again: "
                 "python -m export --help says which options make one."
             )
-            if plan.named:
+            if plan.backends is not None:
                 raise BenchError(f"{name}: {reason}", EXIT_BAD_INPUT)
             skipped.append(Skipped(backend=name, reason=reason))
         subjects += made
@@ -346,11 +342,15 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
     return subjects, skipped
 
 
+def check_variants(variants: Sequence[str]) -> None:
+    """Raises BenchError (usage) for a name that is no variant."""
+    if unknown := [variant for variant in variants if variant not in VARIANTS]:
+        raise BenchError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}.", EXIT_USAGE)
+
+
 def _choices(plan: Plan) -> tuple[Choice, ...]:
     """Every backend that was named, or that runs without being named, with every variant."""
-    unknown = [variant for variant in plan.variants if variant not in VARIANTS]
-    if unknown:
-        raise BenchError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}.", EXIT_USAGE)
+    check_variants(plan.variants)
     names = plan.backends or tuple(name for name in BACKENDS if _runs_unasked(find_backend(name), plan.device))
     return tuple(Choice(name, variant) for name in names for variant in plan.variants)
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from bench.backend import Profile
 from bench.environment import Environment, cpu_busy_percent, load_1min
 from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
@@ -36,7 +34,7 @@ from bench.loadgen import (
     read_summary,
     read_version,
 )
-from bench.results import BundleFacts, Skipped, SubjectResult
+from bench.results import BundleFacts, Frozen, Skipped, SubjectResult
 from bench.run import Lane, Plan, Progress, loaded, subject_result, verdict_of
 from bench.worker import Drive, Measure, Measured, Prepare, Prepared, WorkerFailure
 
@@ -45,10 +43,6 @@ RATE_PRECISION = 1.05
 # It starts at this share of the rate at which calls follow each other without a pause, where waiting is short. It gives
 # up at the other, where a query hardly ever meets another: what doesn't hold there doesn't hold.
 FIRST_SHARE, LAST_SHARE = 1 / 2, 1 / 16
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Wanted:
     latency_bound_s: float | None
 
 
-class LoadGenLatency(_Frozen):
+class LoadGenLatency(Frozen):
     """LoadGen's percentiles of the time from when a query was due to its answer, in ms."""
 
     p50: float
@@ -76,7 +70,7 @@ class LoadGenLatency(_Frozen):
     p999: float
 
 
-class LoadGenRun(_Frozen):
+class LoadGenRun(Frozen):
     """A run of LoadGen that measured.
 
     Attributes:
@@ -98,7 +92,7 @@ class LoadGenRun(_Frozen):
     seconds: float
 
 
-class ScenarioRow(_Frozen):
+class ScenarioRow(Frozen):
     """A backend under the load. `subject.parity` judges the outputs that LoadGen's accuracy mode collected.
 
     Attributes:
@@ -114,7 +108,7 @@ class ScenarioRow(_Frozen):
     missed_queries_per_s: float | None
 
 
-class ScenarioSettings(_Frozen):
+class ScenarioSettings(Frozen):
     """What was asked for. `batch_size` is the images of one call: those of a query, except in offline."""
 
     scenario: Scenario
@@ -126,7 +120,7 @@ class ScenarioSettings(_Frozen):
     timeout_s: float
 
 
-class ScenarioResult(_Frozen):
+class ScenarioResult(Frozen):
     """The whole file. It is no official MLPerf result: see `bench.report.print_scenario` for why."""
 
     schema_version: Literal[1]

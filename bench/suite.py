@@ -16,13 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from bench import sensors
 from bench.backend import BACKENDS, Profile, find_backend
 from bench.doctor import Finding, examine
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
-from bench.results import Result, read_fields, validated
+from bench.results import Frozen, Result, read_fields, validated
 from bench.run import Plan, Progress, exit_code, run, select
 from export.bundle import Bundle, BundleError
 
@@ -44,11 +42,7 @@ FAST_ON_CPU = "the fast profile changes nothing there: TF32 is arithmetic of NVI
 NOT_REACHED = "the suite was ended before its turn came"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LeftOut(_Frozen):
+class LeftOut(Frozen):
     """Something that was not measured, and why. `failed`: it was to be, and could not."""
 
     what: str
@@ -56,7 +50,7 @@ class LeftOut(_Frozen):
     failed: bool
 
 
-class Suite(_Frozen):
+class Suite(Frozen):
     """The whole file. `runs` are whole results, each with its raw samples; `raw_bytes_per_image` is what crosses to the
     device at least for each image end to end.
     """

@@ -21,11 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from bench.backend import Device, find_backend
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, BenchError
-from bench.results import BundleFacts, Result, read_fields, validated
+from bench.results import BundleFacts, Frozen, Result, read_fields, validated
 from bench.run import Choice, Progress, availability, exit_code
 from bench.suite import LeftOut
 from bench.sweep_choices import Wanted, chosen, offered, waves, worth_a_look
@@ -38,11 +36,7 @@ SWEEP_VERSION: Literal[1] = 1
 BATCH_SIZES: dict[Device, tuple[int, ...]] = {"cpu": (1, 8, 64, 256), "cuda": (1, 8, 64, 256, 1024)}
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Sweep(_Frozen):
+class Sweep(Frozen):
     """The whole file. `runs` are the full ones, `looks` the short ones that chose who is in those; all with their raw
     samples. `skipped` is everything that is not in `runs`, and why. `input`, `output` and `preprocessing` are the
     bundle's: what is needed to use a file of it.

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bench.backend import BACKENDS, Options, Profile, file_of, find_backend
 from bench.contenders import MARGIN, chances, contenders
-from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, BenchError
 from bench.results import Result, SubjectResult
-from bench.run import Choice
+from bench.run import Choice, check_variants
 from bench.suite import LeftOut
 from bench.summary import label_of
 from export.bundle import FLOAT32, RAW_SUFFIX, VARIANTS, Bundle
@@ -63,8 +63,7 @@ def offered(wanted: Wanted, reasons: dict[str, str | None]) -> tuple[list[Choice
     Raises BenchError: usage for a variant that doesn't exist, bad input for one that the bundle has no file of,
     unavailable for a backend that was named and can't run, or where none can.
     """
-    if unknown := [variant for variant in wanted.variants if variant not in VARIANTS]:
-        raise BenchError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}.", EXIT_USAGE)
+    check_variants(wanted.variants)
     backends = wanted.backends or tuple(name for name in BACKENDS if find_backend(name).formats)
     absent = {name: reason for name in backends if (reason := reasons[name]) is not None}
     if absent and (wanted.backends or len(absent) == len(backends)):

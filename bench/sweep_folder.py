@@ -10,21 +10,20 @@ one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
-from bench.environment import describe, fingerprint
+from bench.environment import describe, fingerprint, installed
 from bench.errors import EXIT_BAD_INPUT, BenchError
 from bench.results import Result, check_writable, read_fields, read_result, write_result
 from bench.run import Plan
 
 JSON_NAME, OPTION = "sweep.json", "--out"
 RUN_PATTERN = "run-*.json"
+# All that a run's figures depend on.
 LIBRARIES = ("ninefold", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
 
 
@@ -42,7 +41,7 @@ class SweepFolder:
         for file in self._files():
             self._check(file)
         self.machine = describe()
-        self._versions = _versions()
+        self._versions = installed(*LIBRARIES)
 
     def forget(self) -> None:
         """Remove the runs of before."""
@@ -91,12 +90,3 @@ class SweepFolder:
                 f"folder with {OPTION}, or move that one away.",
                 EXIT_BAD_INPUT,
             )
-
-
-def _versions() -> dict[str, str]:
-    """What is installed of all that a run's figures depend on."""
-    found = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

@@ -35,17 +35,6 @@ STARTING_PER_CPU, COMPILING_PER_CPU = 8, 2
 
 
 @dataclass(frozen=True)
-class _Offer(Plan):
-    """A plan whose choices are those that there are, not those that somebody named: what can't load its file here is a
-    finding, not the end of the run.
-    """
-
-    @property
-    def named(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
 class Clock:
     """The time of the `place`-th leg of `legs`, which share it evenly; `began` is on the clock of `time.monotonic`."""
 
@@ -108,7 +97,7 @@ class Leg:
             yield self._run("full", plan, begin, end)
 
     def _plan(self, group: Sequence[Choice], rounds: int | None, block_s: float) -> Plan:
-        return _Offer(
+        return Plan(
             bundles=(self.wanted.bundle.path,),
             backends=None,
             choices=tuple(choice for choice in (self.reference, *group) if choice is not None),

@@ -123,7 +123,7 @@ def build(
     with truth.Logits64() as oracle_process:
         inputs = material.inputs
         calibration = None if material.calibration is None else material.calibration.identity
-        example = torch.from_numpy(inputs[:2])
+        example = torch.from_numpy(material.example)
         batch = ({0: torch.export.Dim("batch")},)
         say("folding")
         program = export_program(material.module, (example,), batch)
@@ -133,12 +133,8 @@ def build(
         folded = fold_batchnorm(model64, (example.double(),), dynamic_shapes=batch, strategy=strategy)
         say(_summary(folded.report))
         _require_equal(model64, folded.module, inputs)
-        for_torch = fold_batchnorm(
-            model64, (example.double(),), dynamic_shapes=batch, strategy=strategy, runtime="torch"
-        )
-        if _ways(for_torch.report) == _ways(folded.report) or len(for_torch.report.kept) != len(folded.report.kept):
-            for_torch = folded
-        else:
+        for_torch = _folded_for_torch(model64, example.double(), folded) if strategy == "auto" else folded
+        if for_torch is not folded:
             say("for torch:\n" + _summary(for_torch.report))
             _require_equal(model64, for_torch.module, inputs)
         ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
@@ -185,6 +181,18 @@ def build(
     return Bundle.open(target)
 
 
+def _folded_for_torch(model64: nn.Module, example64: torch.Tensor, folded: Folded) -> Folded:
+    """The network as `auto` folds it for torch; `folded` itself where that is the same, or keeps another number."""
+    import torch
+
+    from export.fold import fold_batchnorm
+
+    batch = ({0: torch.export.Dim("batch")},)
+    found = fold_batchnorm(model64, (example64,), dynamic_shapes=batch, runtime="torch")
+    same = _ways(found.report) == _ways(folded.report)
+    return folded if same or len(found.report.kept) != len(folded.report.kept) else found
+
+
 def _write_files(
     folder: Path,
     material: Material,
@@ -199,7 +207,7 @@ def _write_files(
 
     from export.formats import onnx_file, pt2, torchscript
 
-    example = torch.from_numpy(material.inputs[:2])
+    example = torch.from_numpy(material.example)
     names = material.input.name, material.output.name
     pt2.write(program, folder / "model.unfolded.pt2")
     pt2.write(torch_program, folder / "model.pt2")

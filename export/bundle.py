@@ -28,10 +28,18 @@ Precision = Literal["float32", "float16", "bfloat16", "int8"]
 Takes = Literal["preprocessed", "raw"]
 """What a file takes: the model's input, or the raw input, and then the preprocessing is inside."""
 Dimension = int | str
+COARSER: dict[Precision, float] = {"float32": 1.0, "float16": 2.0**13, "bfloat16": 2.0**16, "int8": 2.0**16}
+"""How much coarser than float32 a rounding is: float16 keeps 10 bits of a significand where float32 keeps 23, bfloat16
+7. A step of int8 is 2^-8 of the largest value, whatever the value."""
 RAW_SUFFIX = "-raw"
-FLOAT32 = "float32"
+FLOAT32: Literal["float32"] = "float32"
 VARIANTS = tuple(precision + suffix for suffix in ("", RAW_SUFFIX) for precision in get_args(Precision))
 """Every name that `FileEntry.variant` can have."""
+
+
+def takes_raw(variant: str) -> bool:
+    """Whether files of that variant take the raw input."""
+    return variant.endswith(RAW_SUFFIX)
 
 
 class BundleError(UserError):

@@ -65,6 +65,11 @@ class Material:
     calibration: Calibration | None = None
 
     @property
+    def example(self) -> np.ndarray:
+        """The first two of `inputs`: as few as an export with a symbolic batch takes."""
+        return self.preprocessing.apply(self.raw[:2], self.input.shape)
+
+    @property
     def inputs(self) -> np.ndarray:
         """Model inputs, float32 [N, *input.shape[1:]]."""
         return self.preprocessing.apply(self.raw, self.input.shape)

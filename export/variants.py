@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from export.bundle import FLOAT32, RAW_SUFFIX, VARIANTS, Format, Precision, Preprocessing, Takes
+from export.bundle import FLOAT32, RAW_SUFFIX, VARIANTS, Format, Precision, Preprocessing, Takes, takes_raw
 from export.fold.report import Runtime, Strategy
 from export.formats import openvino_file
 from trainer.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_USAGE, UserError
@@ -63,7 +63,7 @@ class File:
 
     @property
     def takes(self) -> Takes:
-        return "raw" if self.variant.endswith(RAW_SUFFIX) else "preprocessed"
+        return "raw" if takes_raw(self.variant) else "preprocessed"
 
     @property
     def kind(self) -> Kind:
@@ -273,7 +273,7 @@ def _program(file: File, network64: nn.Module, material: Material) -> torch.expo
 
     narrower = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(file.precision)
     network = copy.deepcopy(network64).float() if narrower is None else _narrow(network64, narrower)
-    example = torch.from_numpy(material.inputs[:2])
+    example = torch.from_numpy(material.example)
     if file.takes == "raw":
         network = FromRaw(network, material.preprocessing, material.input, torch.float32)
         example = torch.from_numpy(material.raw[:2].copy())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from bench.backend import Options, Placement, Profile, Setting, takes_raw
+from bench.backend import Options, Placement, Profile, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -115,7 +115,9 @@ class TorchInput:
     def __init__(self, bundle: Bundle, device: TorchDevice, options: Options) -> None:
         import torch
 
-        self.takes_raw = takes_raw(options)
+        from export.bundle import takes_raw
+
+        self.takes_raw = takes_raw(options.variant)
 
         self._torch = torch
         self._preprocessing = bundle.manifest.preprocessing

@@ -290,7 +290,7 @@ def test_another_library_is_another_run(
     swept: Callable[..., Sweep], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swept()
-    monkeypatch.setattr("bench.sweep_folder._versions", lambda: {"onnxruntime": "9.9"})
+    monkeypatch.setattr("bench.sweep_folder.installed", lambda *names: {"onnxruntime": "9.9"})
     swept()
     assert len(machine.plans) == 6
 

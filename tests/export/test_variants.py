@@ -15,7 +15,7 @@ from bench.backend import Profile
 from bench.parity import judge
 from export import build, oracle, raw_input, source, variants
 from export.build import ExportRefused
-from export.bundle import VARIANTS, Bundle, FileEntry, Oracle, Preprocessing, Source, TensorSpec, Tolerances
+from export.bundle import COARSER, VARIANTS, Bundle, FileEntry, Oracle, Preprocessing, Source, TensorSpec, Tolerances
 from export.fold import fold_batchnorm
 from export.formats import aoti, openvino_file
 from export.source import Calibration, Material
@@ -340,7 +340,7 @@ def test_logits_that_are_none() -> None:
 def test_outputs_that_are_no_scores_of_classes(precision: str) -> None:
     truth = np.random.default_rng(0).standard_normal((6, 2, 3, 3))
     judged = Oracle(np.zeros((6, 1), np.uint8), None, truth)
-    limit = TOLERANCES.strict_rms_factor * oracle.COARSER[precision] * TOLERANCES.float32_rms_error  # type: ignore[index]
+    limit = TOLERANCES.strict_rms_factor * COARSER[precision] * TOLERANCES.float32_rms_error  # type: ignore[index]
     for share, right in ((0.99, True), (1.01, False)):
         found = truth + share * limit
         problem = oracle.failure(found, judged, TOLERANCES, precision)  # type: ignore[arg-type]
