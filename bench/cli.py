@@ -47,8 +47,9 @@ from bench.options import (
 from bench.report_format import ReportFormat, chosen_format
 
 if TYPE_CHECKING:
-    from bench.run import Plan
+    from bench.plan import Plan
     from bench.scenarios import Wanted
+    from bench.suite import Suite
 
 # One image as it arrives, a batch that still fits the caches, and one that doesn't.
 DEFAULT_BATCH_SIZES = (1, 64, 256)
@@ -122,7 +123,8 @@ def run_command(
     ending = "" if scenario is None else f"-{scenario}"
     target = json or default_place(bundle, f"{ending}.json")
     from bench.environment import usable_cpus
-    from bench.run import Plan, exit_code, run
+    from bench.plan import Plan
+    from bench.run import exit_code, run
 
     plan = Plan(
         bundles=(bundle,),
@@ -198,8 +200,19 @@ def suite_command(
         block_s=SUITE_BLOCK_S,
         timeout_s=timeout,
     )
-    with shown_progress() as progress:
-        suite = conduct(wanted, lambda so_far: write_suite(so_far, target), progress)
+    kept = 0
+
+    def keep(so_far: Suite) -> None:
+        nonlocal kept
+        write_suite(so_far, target)
+        kept = len(so_far.runs)
+
+    try:
+        with shown_progress() as progress:
+            suite = conduct(wanted, keep, progress)
+    except (KeyboardInterrupt, Terminated):
+        print(f"finished runs kept in {target}: {kept}", file=sys.stderr)
+        raise
     print(f"summary: {target / PAGE_NAME}")
     raise typer.Exit(suite_exit_code(suite))
 
@@ -236,9 +249,10 @@ def ab_command(
     if len(bundles) < 2:
         raise BenchError("bench ab compares bundles: name at least two folders, the base first.", EXIT_USAGE)
     from bench.environment import usable_cpus
+    from bench.plan import Plan
     from bench.report import console, print_comparison, print_run
     from bench.results import check_writable, write_result
-    from bench.run import Plan, exit_code, run
+    from bench.run import exit_code, run
     from bench.summary import slower
 
     if json is not None:
@@ -353,8 +367,8 @@ def doctor_command(threads: ThreadsOption = None) -> None:
 @app.command("backends")
 def backends_command(timeout: TimeoutOption = DEFAULT_TIMEOUT_S) -> None:
     """Which backends can run here, and for the others why not and what would fix it."""
+    from bench.lanes import availability
     from bench.report import console, print_backends
-    from bench.run import availability
 
     print_backends(availability(threads=1, timeout_s=timeout), console())
 
@@ -384,8 +398,9 @@ def parity_command(
     if backend and "null" in backend:
         raise BenchError("null computes nothing, so there is nothing to judge. Leave --backend null out.", EXIT_USAGE)
     from bench.environment import usable_cpus
+    from bench.plan import Plan
     from bench.report import console, print_parity
-    from bench.run import Plan, exit_code, run
+    from bench.run import exit_code, run
 
     plan = Plan(
         bundles=(bundle,),
@@ -421,7 +436,7 @@ def main() -> None:
         sys.exit(EXIT_TERMINATED)
     except SystemExit as ending:
         if ending.code == EXIT_INTERRUPTED:  # Typer has turned Ctrl-C into this, without a word
-            print("interrupted: no result was written", file=sys.stderr)
+            print("interrupted", file=sys.stderr)
         raise
 
 

@@ -77,9 +77,10 @@ def sweep_command(
     """
     check_judged(backend)
     from bench.environment import usable_cpus
+    from bench.plan import opened
     from bench.report import console
     from bench.results import write_result
-    from bench.sweep import conduct, opened, sweep_exit_code
+    from bench.sweep import conduct, sweep_exit_code
     from bench.sweep_choices import Wanted
     from bench.sweep_folder import OPTION, SweepFolder
     from bench.sweep_page import print_sweep
@@ -88,7 +89,7 @@ def sweep_command(
     wanted = Wanted(
         command=command_line(),
         path=bundle.absolute(),
-        bundle=opened(bundle),
+        bundle=opened(bundle, verified=False),  # the runs check its files
         backends=tuple(dict.fromkeys(backend or ())),
         variants=tuple(dict.fromkeys(variant or ())),
         batch_sizes=tuple(sorted(set(batch_size or ()))),

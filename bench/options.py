@@ -18,7 +18,7 @@ from bench.backend import Profile, find_backend
 from bench.errors import EXIT_USAGE, BenchError
 
 if TYPE_CHECKING:
-    from bench.run import Progress
+    from bench.plan import Progress
 
 DEFAULT_BUNDLE = Path("artifacts/bundles/article")
 RESULTS = Path("artifacts/results")

@@ -21,6 +21,7 @@ from typing import Literal
 from bench.backend import Profile
 from bench.environment import Environment, cpu_busy_percent, load_1min
 from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
+from bench.lanes import Lane, loaded, subject_result
 from bench.loadgen import (
     P99_MIN_QUERIES,
     SHORTEST_IMAGE_S,
@@ -34,8 +35,9 @@ from bench.loadgen import (
     read_summary,
     read_version,
 )
+from bench.plan import Plan, Progress
 from bench.results import BundleFacts, Frozen, Skipped, SubjectResult
-from bench.run import Lane, Plan, Progress, loaded, subject_result, verdict_of
+from bench.run import verdict_of
 from bench.worker import Drive, Measure, Measured, Prepare, Prepared, WorkerFailure
 
 # The search for the highest rate ends when the rate that held and the one that didn't are this close.

@@ -19,9 +19,10 @@ from typing import Literal
 from bench import sensors
 from bench.backend import BACKENDS, Profile, find_backend
 from bench.doctor import Finding, examine
-from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
+from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
+from bench.plan import Plan, Progress, opened, select
 from bench.results import Frozen, Result, read_fields, validated
-from bench.run import Plan, Progress, exit_code, run, select
+from bench.run import exit_code, run
 from export.bundle import Bundle, BundleError
 
 SUITE_VERSION: Literal[1] = 1
@@ -112,7 +113,7 @@ def conduct(wanted: Wanted, keep: Keep, progress: Progress) -> Suite:
     gpu = bool(sensors.gpus())
     legs = chosen_legs(wanted.backends, gpu)
     left_out = absent(wanted.backends, gpu)
-    raw_bytes_per_image = _raw_bytes_per_image(wanted.bundle)
+    raw_bytes_per_image = int(opened(wanted.bundle).oracle().raw[0].nbytes)
     progress("looking at the machine", 0.0)
     findings = tuple(examine(wanted.threads))
     runs: list[Result] = []
@@ -181,13 +182,6 @@ def leg_of(result: Result) -> Leg:
     """Which of the suite's runs made this result."""
     on_gpu = any(subject.device == "cuda" for subject in result.subjects)
     return Leg(result.settings.profile, "cuda" if on_gpu else "cpu")
-
-
-def _raw_bytes_per_image(path: Path) -> int:
-    try:
-        return int(Bundle.open(path).oracle().raw[0].nbytes)
-    except BundleError as error:
-        raise BenchError(str(error), EXIT_BAD_INPUT) from None
 
 
 def _plan(wanted: Wanted, leg: Leg, seconds: float) -> Plan:

@@ -23,13 +23,15 @@ from typing import Literal
 
 from bench.backend import Device, find_backend
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, BenchError
+from bench.lanes import availability
+from bench.plan import Choice, Progress
 from bench.results import BundleFacts, Frozen, Result, read_fields, validated
-from bench.run import Choice, Progress, availability, exit_code
+from bench.run import exit_code
 from bench.suite import LeftOut
 from bench.sweep_choices import Wanted, chosen, offered, waves, worth_a_look
 from bench.sweep_folder import JSON_NAME, SweepFolder
 from bench.sweep_legs import LOOKS_SHARE, Clock, Leg
-from export.bundle import FLOAT32, Bundle, BundleError, Preprocessing, TensorSpec
+from export.bundle import FLOAT32, Preprocessing, TensorSpec
 
 SWEEP_VERSION: Literal[1] = 1
 # As the suite's, less what a sweep of so many choices has no time for.
@@ -130,11 +132,3 @@ def read_sweep(path: Path) -> Sweep:
             f"{file} is no sweep, but a {kind}. Name the file or the folder of bench sweep.", EXIT_BAD_INPUT
         )
     return validated(Sweep, fields, SWEEP_VERSION, file)
-
-
-def opened(path: Path) -> Bundle:
-    """The bundle; its files are checked by the runs. Raises BenchError (bad input)."""
-    try:
-        return Bundle.open(path.resolve())
-    except BundleError as error:
-        raise BenchError(str(error), EXIT_BAD_INPUT) from None

@@ -17,8 +17,8 @@ from pathlib import Path
 from bench.backend import BACKENDS, Options, Profile, file_of, find_backend
 from bench.contenders import MARGIN, chances, contenders
 from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, BenchError
+from bench.plan import Choice, check_variants
 from bench.results import Result, SubjectResult
-from bench.run import Choice, check_variants
 from bench.suite import LeftOut
 from bench.summary import label_of
 from export.bundle import FLOAT32, RAW_SUFFIX, VARIANTS, Bundle

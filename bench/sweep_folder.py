@@ -18,8 +18,8 @@ from pathlib import Path
 
 from bench.environment import describe, fingerprint, installed
 from bench.errors import EXIT_BAD_INPUT, BenchError
+from bench.plan import Plan
 from bench.results import Result, check_writable, read_fields, read_result, write_result
-from bench.run import Plan
 
 JSON_NAME, OPTION = "sweep.json", "--out"
 RUN_PATTERN = "run-*.json"

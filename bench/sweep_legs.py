@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from bench.backend import Profile
 from bench.environment import usable_cpus
+from bench.plan import Choice, Plan, Progress
 from bench.results import Result
-from bench.run import Choice, Plan, Progress, run
+from bench.run import run
 from bench.sweep_choices import Wanted, slow_to_start
 from bench.sweep_folder import SweepFolder
 

@@ -11,8 +11,9 @@ import pytest
 from bundles import shorten, tamper
 
 from bench.backend import BACKENDS, Profile
+from bench.plan import Plan
 from bench.results import Result
-from bench.run import Plan, run
+from bench.run import run
 
 TamperedBundle = Callable[..., Path]
 

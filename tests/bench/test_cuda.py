@@ -17,8 +17,9 @@ from bench.backend import BACKENDS, Options, Profile, find_backend
 from bench.errors import EXIT_UNAVAILABLE, BenchError
 from bench.measure import timed_block
 from bench.parity import judge
+from bench.plan import Plan
 from bench.results import Result
-from bench.run import Plan, run
+from bench.run import run
 from export.bundle import Bundle
 
 pytestmark = [

@@ -28,8 +28,9 @@ from bench.bisect import Bisection, bisect
 from bench.cli import app
 from bench.errors import BenchError
 from bench.parity import McNemar, ParityVerdict, worst_images
+from bench.plan import Plan
 from bench.report import FLIPS_SHOWN
-from bench.run import BISECTED_IMAGES, Plan, run
+from bench.run import BISECTED_IMAGES, run
 from export.bundle import Bundle
 from export.formats import torchscript
 from trainer.model import Net

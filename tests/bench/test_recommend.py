@@ -18,11 +18,11 @@ from sweeps import MB, TORCH, Figures, sweep_of
 from bench.backend import BACKENDS, find_backend
 from bench.cli import app
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
+from bench.plan import Choice, opened
 from bench.recommend import Candidate, Recommendation, candidates, front, recommend
 from bench.results import Failure, Result, write_result
-from bench.run import Choice
 from bench.snippet import RUNTIMES, Runnable, runtime_of, snippet
-from bench.sweep import Sweep, opened
+from bench.sweep import Sweep
 from export.bundle import Bundle, Preprocessing, TensorSpec
 
 ONNX, ONNX_1 = Choice("onnx-cpu", "float32", 2), Choice("onnx-cpu", "float32", 1)

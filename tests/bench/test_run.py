@@ -10,11 +10,13 @@ from typing import Any
 import psutil
 import pytest
 
-import bench.run
+import bench.lanes
 from bench.backend import BACKENDS
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.lanes import availability
+from bench.plan import Choice, Plan, select
 from bench.results import Result
-from bench.run import Choice, Plan, availability, cpus_for, exit_code, run, select
+from bench.run import cpus_for, exit_code, run
 from export.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")
@@ -89,7 +91,7 @@ def test_null_prices_the_harness(plan: MakePlan) -> None:
 def test_the_others_finish_when_one_fails(
     name: str, kind: str, words: str, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = bench.run._load
+    load = bench.lanes._load
 
     def load_and_lose_patience(lanes: list[Any], asked: bool) -> Any:
         skipped = load(lanes, asked)
@@ -97,7 +99,7 @@ def test_the_others_finish_when_one_fails(
             lanes[0].worker._timeout_s = 1.0
         return skipped
 
-    monkeypatch.setattr(bench.run, "_load", load_and_lose_patience)
+    monkeypatch.setattr(bench.lanes, "_load", load_and_lose_patience)
     result = go(plan(backends=(name, "onnx-cpu")))
     bad, good = result.subjects
     assert bad.failure is not None
@@ -189,9 +191,10 @@ def test_a_bundle_without_a_format(plan: MakePlan, tampered: Callable[..., Path]
 
 
 def with_int8(manifest: dict[str, Any]) -> None:
-    """Calls a copy of the ONNX file int8 that takes pixels: enough to choose by."""
-    (onnx,) = (file for file in manifest["files"] if file["format"] == "onnx" and file["folded"])
-    manifest["files"].append(onnx | {"precision": "int8", "takes": "raw"})
+    """Calls a copy of the ONNX file int8 that takes pixels, and leaves no other variant: enough to choose by."""
+    plain = [file for file in manifest["files"] if (file["precision"], file["takes"]) == ("float32", "preprocessed")]
+    (onnx,) = (file for file in plain if file["format"] == "onnx" and file["folded"])
+    manifest["files"] = [*plain, onnx | {"precision": "int8", "takes": "raw"}]
 
 
 def test_each_backend_runs_the_variants_that_the_bundle_has_for_it(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bench.cli import app
 from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.loadgen import Scenario
-from bench.run import Plan
+from bench.plan import Plan
 from bench.scenarios import (
     RATE_PRECISION,
     ScenarioResult,

@@ -20,9 +20,9 @@ from bench.charts import COLOURS, _style, draw_latency, draw_throughput
 from bench.cli import app
 from bench.doctor import Finding, Severity
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.plan import Plan
 from bench.results import Failure, Result, read_result, write_result
 from bench.roofline import Peak, Survey, Work
-from bench.run import Plan
 from bench.suite import (
     CONTROLLED,
     NOT_REACHED,

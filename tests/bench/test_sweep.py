@@ -23,9 +23,9 @@ from bench.backend import BACKENDS
 from bench.cli import app
 from bench.contenders import MARGIN, chances, contenders
 from bench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.plan import Choice, opened
 from bench.results import Failure, Result, write_result
-from bench.run import Choice
-from bench.sweep import Sweep, conduct, opened, read_sweep, sweep_exit_code
+from bench.sweep import Sweep, conduct, read_sweep, sweep_exit_code
 from bench.sweep_choices import NOT_REACHED, Wanted
 from bench.sweep_folder import JSON_NAME, SweepFolder
 from bench.sweep_legs import LOOK_ROUNDS, WORKER_BYTES, grouped

@@ -15,10 +15,10 @@ from sweeps import MB, TORCH, Figures, sweep_of
 import bench.triton
 from bench.cli import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
+from bench.plan import Choice, opened
 from bench.recommend import candidates, recommend
 from bench.results import Result, write_result
-from bench.run import Choice
-from bench.sweep import Sweep, opened
+from bench.sweep import Sweep
 from bench.triton import CONFIG_NAME, queue_delay_us, servable, write_repository
 from export.bundle import sha256_file
 

@@ -35,10 +35,12 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 from bundles import shorten
 
 from bench.backend import BACKENDS, Options, Profile, Session, resolve
+from bench.lanes import loaded
 from bench.loadgen import Driven, Load, Scenario, read_summary
 from bench.measure import timed_block, wait_until_quiet
+from bench.plan import Plan
 from bench.results import Result
-from bench.run import Plan, loaded, run
+from bench.run import run
 from bench.summary import slower
 from bench.wording import ratio_words
 from bench.worker import Drive, Measure, Measured, Prepare, Prepared

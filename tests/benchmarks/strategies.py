@@ -29,8 +29,9 @@ import torch
 from torch import nn
 
 from bench.backend import Profile
+from bench.plan import Plan
 from bench.results import Result
-from bench.run import Plan, run
+from bench.run import run
 from bench.statistics import throughput
 from bench.summary import CONTROL_SUFFIX, label_of
 from export.bundle import Manifest

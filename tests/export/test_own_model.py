@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from bench.backend import Profile
+from bench.plan import Plan
 from bench.results import Result
-from bench.run import Plan, exit_code
+from bench.run import exit_code
 from bench.run import run as run_plan
 from export.build import build
 from export.bundle import Bundle, BundleError

@@ -11,8 +11,8 @@ from typing import Any
 from bundles import tamper
 
 from bench.parity import Flip
+from bench.plan import Choice, Plan
 from bench.results import BundleFacts, Failure, FileFacts, Percentiles, Ratio, Result, Row
-from bench.run import Choice, Plan
 from bench.statistics import PairedRatio, Spread
 from bench.summary import label_of
 from bench.sweep import Sweep
