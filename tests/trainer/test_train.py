@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer import mnist, precision, train
+from trainer import compiling, mnist, precision, train
 from trainer.errors import UserError
 from trainer.history import Trained
 from trainer.model import Net
@@ -182,11 +183,23 @@ def test_compiling_leaves_no_trace(
     """Compiling runs a whole step and an evaluation: taken back, or the bits would differ."""
     asked: list[Callable[..., object]] = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(function) or function)
+    monkeypatch.setattr(compiling, "rewritten", lambda model: contextlib.nullcontext())  # they sum up in another order
     compiled = train.train(settings, data, compiled=True)
     assert len(asked) == 2
     assert compiled.execution == "compiled"
     assert same(reference.weights, compiled.weights)
     assert [e.top1 for e in compiled.history] == [e.top1 for e in reference.history]
+
+
+def test_a_compiled_step_has_rewritten_layers(
+    data: mnist.Mnist, settings: Settings, reference: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    prepared = train.prepare(settings, data, compiled=True)
+    assert sum("forward" in vars(layer) for layer in prepared.step.model.modules()) == 5  # three BatchNorms, two pools
+    trained = train.run(prepared)
+    assert not same(reference.weights, trained.weights)
+    assert [e.loss for e in trained.history] == pytest.approx([e.loss for e in reference.history], rel=1e-2)
 
 
 def test_where_compiling_fails_it_trains_eagerly_and_says_so(
