@@ -38,7 +38,7 @@ from export.fold.report import FoldReport, Runtime, Strategy
 from export.variants import File, Plan
 from trainer.errors import EXIT_NEGATIVE, UserError
 from trainer.provenance import cpu_name, git_commit, installed
-from trainer.publish import building
+from trainer.publish import building, refuse_foreign
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,7 @@ def build(
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import as_module, export_program
 
+    refuse_foreign(target, MANIFEST_NAME)  # here too: nobody should wait for a fold to learn that
     with truth.Logits64() as oracle_process:
         inputs = material.inputs
         calibration = None if material.calibration is None else material.calibration.identity

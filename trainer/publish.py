@@ -36,7 +36,7 @@ def building(target: Path, marker: str) -> Iterator[Path]:
     staging: Path | None = None
     prefix = f".{target.name}.building-"
     try:
-        _refuse_foreign(target, marker)  # before the work, and once more after it
+        refuse_foreign(target, marker)  # before the work, and once more after it
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target.parent, prefix)
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
@@ -113,7 +113,10 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _refuse_foreign(target: Path, marker: str) -> None:
+def refuse_foreign(target: Path, marker: str) -> None:
+    """Raises UserError where `target` is something that none of the project's commands made: a folder, not empty, that
+    lacks the file `marker`, or a link.
+    """
     if target.is_symlink() or (target.exists() and not (target / marker).exists() and any(target.iterdir())):
         raise UserError(
             f"{target} exists and is not a folder that this command made "
@@ -123,7 +126,7 @@ def _refuse_foreign(target: Path, marker: str) -> None:
 
 def _swap_in(staging: Path, target: Path, marker: str) -> None:
     """Put `staging` where `target` is; what `target` was is left at `staging`, or gone."""
-    _refuse_foreign(target, marker)
+    refuse_foreign(target, marker)
     if not target.exists():
         os.rename(staging, target)
     elif not _exchange(staging, target):
