@@ -23,7 +23,6 @@ from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
 from bench.plan import Plan, Progress, opened, select
 from bench.results import Frozen, Result, read_fields, validated
 from bench.run import exit_code, run
-from export.bundle import Bundle, BundleError
 
 SUITE_VERSION: Literal[1] = 1
 SuiteDevice = Literal["cuda", "cpu"]
@@ -208,8 +207,8 @@ def _with_control(plan: Plan) -> Plan:
     """With the unfolded files beside the folded ones, where any backend has both."""
     controlled = replace(plan, control=CONTROLLED)
     try:
-        select([(None, Bundle.open(plan.bundles[0].resolve()))], controlled)
-    except (BundleError, BenchError):  # what else may be wrong the run itself says
+        select([(None, opened(plan.bundles[0], verified=False))], controlled)
+    except BenchError:  # what else may be wrong the run itself says
         return plan
     return controlled
 

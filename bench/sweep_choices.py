@@ -21,7 +21,7 @@ from bench.plan import Choice, check_variants
 from bench.results import Result, SubjectResult
 from bench.suite import LeftOut
 from bench.summary import label_of
-from export.bundle import FLOAT32, RAW_SUFFIX, VARIANTS, Bundle
+from export.bundle import FLOAT32, VARIANTS, Bundle, precision_of
 
 # How far behind the best somebody may be who could be the best with other threads or as a preset.
 WORTH_A_LOOK = 0.5
@@ -206,7 +206,7 @@ def _what_is_wrong(subject: SubjectResult, named: Sequence[str]) -> LeftOut | No
         return LeftOut(what=subject.label, reason=f"{words}: {subject.failure.message}", failed=failed)
     if subject.parity is not None and not subject.parity.passed:
         reason = f"parity failed: {'; '.join(subject.parity.failures)}"
-        return LeftOut(what=subject.label, reason=reason, failed=subject.variant.removesuffix(RAW_SUFFIX) == FLOAT32)
+        return LeftOut(what=subject.label, reason=reason, failed=precision_of(subject.variant) == FLOAT32)
     return None
 
 

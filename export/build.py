@@ -118,14 +118,14 @@ def build(
     from export import oracle as truth
     from export import variants
     from export.fold import fold_batchnorm
-    from export.fold.batchnorm import as_module, export_program
+    from export.fold.batchnorm import any_batch, as_module, export_program
 
     refuse_foreign(target, MANIFEST_NAME)  # here too: nobody should wait for a fold to learn that
     with truth.Logits64() as oracle_process:
         inputs = material.inputs
         calibration = None if material.calibration is None else material.calibration.identity
         example = torch.from_numpy(material.example)
-        batch = ({0: torch.export.Dim("batch")},)
+        batch = any_batch()
         say("folding")
         program = export_program(material.module, (example,), batch)
         oracle_process.submit(as_module(program), inputs)
@@ -184,12 +184,10 @@ def build(
 
 def _folded_for_torch(model64: nn.Module, example64: torch.Tensor, folded: Folded) -> Folded:
     """The network as `auto` folds it for torch; `folded` itself where that is the same, or keeps another number."""
-    import torch
-
     from export.fold import fold_batchnorm
+    from export.fold.batchnorm import any_batch
 
-    batch = ({0: torch.export.Dim("batch")},)
-    found = fold_batchnorm(model64, (example64,), dynamic_shapes=batch, runtime="torch")
+    found = fold_batchnorm(model64, (example64,), dynamic_shapes=any_batch(), runtime="torch")
     same = _ways(found.report) == _ways(folded.report)
     return folded if same or len(found.report.kept) != len(folded.report.kept) else found
 

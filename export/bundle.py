@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,6 +40,11 @@ VARIANTS = tuple(precision + suffix for suffix in ("", RAW_SUFFIX) for precision
 def takes_raw(variant: str) -> bool:
     """Whether files of that variant take the raw input."""
     return variant.endswith(RAW_SUFFIX)
+
+
+def precision_of(variant: str) -> Precision:
+    """The precision of the files of a variant."""
+    return cast(Precision, variant.removesuffix(RAW_SUFFIX))
 
 
 class BundleError(UserError):

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
-from export.bundle import FLOAT32, RAW_SUFFIX, VARIANTS, Format, Precision, Preprocessing, Takes, takes_raw
+from export.bundle import FLOAT32, VARIANTS, Format, Precision, Preprocessing, Takes, precision_of, takes_raw
 from export.fold.report import Runtime, Strategy
 from export.formats import openvino_file
 from trainer.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_USAGE, UserError
@@ -59,7 +59,7 @@ class File:
 
     @property
     def precision(self) -> Precision:
-        return cast(Precision, self.variant.removesuffix(RAW_SUFFIX))
+        return precision_of(self.variant)
 
     @property
     def takes(self) -> Takes:
@@ -109,7 +109,7 @@ def plan(asked: Sequence[str], aoti: bool, raw_refusal: str | None, calibration_
     for variant in VARIANTS:
         if variant == FLOAT32 or (variant not in asked and ALL not in asked):
             continue
-        for file in (File(format, variant) for format in FORMATS[File("pt2", variant).precision]):
+        for file in (File(format, variant) for format in FORMATS[precision_of(variant)]):
             reason, exit_code = _refusal(file, raw_refusal, calibration_refusal)
             if reason is None:
                 files.append(file)
@@ -176,14 +176,11 @@ def _for_int8(model64: nn.Module, folded: Folded, example64: torch.Tensor, strat
     pixels (OpenVINO 2026.4, two AVX-512 cores, batch 256, paired rounds): 3.42 times eager torch's images/s like this,
     3.10 with a bias map and ReLU after pooling.
     """
-    import torch
-
     from export.fold import fold_batchnorm
+    from export.fold.batchnorm import any_batch
 
     if strategy == "auto":
-        with_ones = fold_batchnorm(
-            model64, (example64,), dynamic_shapes=({0: torch.export.Dim("batch")},), strategy="ones"
-        )
+        with_ones = fold_batchnorm(model64, (example64,), dynamic_shapes=any_batch(), strategy="ones")
         if len(with_ones.report.kept) <= len(folded.report.kept):
             return _activations_first(with_ones.module)
     return _activations_first(copy.deepcopy(folded.module))
@@ -268,7 +265,7 @@ def _program(file: File, network64: nn.Module, material: Material) -> torch.expo
     """The program that the file is made from; that of an int8 file is in float32."""
     import torch
 
-    from export.fold.batchnorm import export_program
+    from export.fold.batchnorm import any_batch, export_program
     from export.raw_input import FromRaw
 
     narrower = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(file.precision)
@@ -277,7 +274,7 @@ def _program(file: File, network64: nn.Module, material: Material) -> torch.expo
     if file.takes == "raw":
         network = FromRaw(network, material.preprocessing, material.input, torch.float32)
         example = torch.from_numpy(material.raw[:2].copy())
-    return export_program(network.eval(), (example,), ({0: torch.export.Dim("batch")},))
+    return export_program(network.eval(), (example,), any_batch())
 
 
 def _calibration_inputs(file: File, material: Material) -> np.ndarray:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from export.bundle import Bundle, Format
 
 DEVICE = "CPU"
-FLOAT32 = "float32"
 # What an executable model holds beside the nodes that compute: where numbers come from and go to.
 ENDS = frozenset({"Const", "Input", "Output"})
 # Nodes that change the type of numbers: they name one of the two.
@@ -188,9 +187,11 @@ def read_placement(compiled: Any, options: Options) -> Placement:
     """How many nodes of a compiled model run in which precision; and which don't compute in float32 though they
     should.
     """
+    from export.bundle import FLOAT32, precision_of
+
     devices = list(compiled.get_property("EXECUTION_DEVICES"))
     facts = (_facts(node) for node in compiled.get_runtime_model().get_ordered_ops())
-    must_be_float32 = options.profile is Profile.STRICT and options.variant.startswith(FLOAT32)
+    must_be_float32 = options.profile is Profile.STRICT and precision_of(options.variant) == FLOAT32
     return placement_of(devices, facts, must_be_float32)
 
 

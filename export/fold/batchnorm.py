@@ -87,14 +87,19 @@ def as_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     return fx.GraphModule(exported, exported.graph)
 
 
+def any_batch(inputs: int = 1) -> tuple[dict[int, Any], ...]:
+    """`dynamic_shapes` for so many inputs whose first dimension is the batch, which may have any size."""
+    batch = torch.export.Dim("batch")
+    return tuple({0: batch} for _ in range(inputs))
+
+
 def export_program(
     model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any = None
 ) -> torch.export.ExportedProgram:
     """The model as torch.export sees it; `dynamic_shapes` as for `fold_batchnorm`. Raises FoldError."""
     attempts = [dynamic_shapes]
     if dynamic_shapes is None and all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1 for x in inputs):
-        batch = torch.export.Dim("batch")
-        attempts = [tuple({0: batch} for _ in inputs), None]
+        attempts = [any_batch(len(inputs)), None]
     for attempt in attempts:
         try:
             with torch.no_grad():
