@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.results import Result, read_fields, result_of
-from bench.suite import LeftOut, Suite, leg_of, read_suite
+from bench.suite import LeftOut, Suite, leg_of, suite_of
 from bench.summary import derived
-from bench.sweep import read_sweep
+from bench.sweep import sweep_of
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ def results_in(path: Path) -> Source:
     fields = read_fields(path)
     kind = fields.get("kind")
     if kind == "sweep":
-        sweep = read_sweep(path)
+        sweep = sweep_of(fields, path)
         return Source(path, tuple(map(derived, sweep.runs)), sweep.skipped)
-    if kind == "suite" and (suite := read_suite(path)) is not None:
+    if kind == "suite":
+        suite = suite_of(fields, path)
         runs = tuple(map(derived, suite.runs))
         return Source(path, runs, suite.left_out, suite.model_copy(update={"runs": runs}))
     return Source(path, (derived(result_of(fields, path)),))

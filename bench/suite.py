@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bench import sensors
 from bench.backend import BACKENDS, Profile, find_backend
 from bench.doctor import Finding, examine
 from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
 from bench.plan import Plan, Progress, opened, select
-from bench.results import Frozen, Result, read_fields, validated
+from bench.results import Frozen, Result, validated
 from bench.run import exit_code, run
 
 SUITE_VERSION: Literal[1] = 1
@@ -171,10 +171,9 @@ def suite_exit_code(suite: Suite) -> int:
     return EXIT_NEGATIVE if failed else max(exit_code(result) for result in suite.runs)
 
 
-def read_suite(path: Path) -> Suite | None:
-    """The suite in a file; None where `bench.results.read_result` is to read it. Raises BenchError (bad input)."""
-    fields = read_fields(path)
-    return validated(Suite, fields, SUITE_VERSION, path) if fields.get("kind") == "suite" else None
+def suite_of(fields: dict[str, Any], path: Path) -> Suite:
+    """The suite in what `bench.results.read_fields` found at `path`. Raises BenchError (bad input)."""
+    return validated(Suite, fields, SUITE_VERSION, path)
 
 
 def leg_of(result: Result) -> Leg:

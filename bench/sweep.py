@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bench.backend import Device, find_backend
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, BenchError
@@ -131,4 +131,9 @@ def read_sweep(path: Path) -> Sweep:
         raise BenchError(
             f"{file} is no sweep, but a {kind}. Name the file or the folder of bench sweep.", EXIT_BAD_INPUT
         )
-    return validated(Sweep, fields, SWEEP_VERSION, file)
+    return sweep_of(fields, file)
+
+
+def sweep_of(fields: dict[str, Any], path: Path) -> Sweep:
+    """The sweep in what `bench.results.read_fields` found at `path`. Raises BenchError (bad input)."""
+    return validated(Sweep, fields, SWEEP_VERSION, path)

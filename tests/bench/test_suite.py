@@ -20,8 +20,9 @@ from bench.charts import COLOURS, _style, draw_latency, draw_throughput
 from bench.cli import app
 from bench.doctor import Finding, Severity
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.inputs import results_in
 from bench.plan import Plan
-from bench.results import Failure, Result, read_result, write_result
+from bench.results import Failure, Result, read_fields, read_result, write_result
 from bench.roofline import Peak, Survey, Work
 from bench.suite import (
     CONTROLLED,
@@ -33,8 +34,8 @@ from bench.suite import (
     absent,
     chosen_legs,
     conduct,
-    read_suite,
     suite_exit_code,
+    suite_of,
 )
 from bench.suite_page import JSON_NAME, PAGE_NAME, page, write_suite
 
@@ -74,8 +75,7 @@ def test_a_suite_as_a_user_runs_it(small_bundle: Path, tmp_path: Path, capsys: p
     assert done.stdout == f"summary: {out / PAGE_NAME}\n"
     names = {path.name for path in out.iterdir()}
     assert names == {JSON_NAME, PAGE_NAME, "throughput-strict-cpu.png", "latency-strict-cpu.png"}
-    suite = read_suite(out / JSON_NAME)
-    assert suite is not None
+    suite = suite_of(read_fields(out / JSON_NAME), out / JSON_NAME)
     (run,) = suite.runs
     assert [subject.label for subject in run.subjects] == ["onnx-cpu", "onnx-cpu:unfolded"]
     assert all(subject.parity and subject.parity.passed for subject in run.subjects)
@@ -314,18 +314,18 @@ def test_the_limit_of_the_copy_stands_beside_the_rows(suite: Suite, result: Resu
 def test_a_suite_is_read_back_and_another_file_refused(suite: Suite, result: Result, tmp_path: Path) -> None:
     write_suite(suite, tmp_path)
     path = tmp_path / JSON_NAME
-    assert read_suite(path) == suite
+    assert suite_of(read_fields(path), path) == suite
     with pytest.raises(BenchError, match="is a suite of several runs"):
         read_result(path)
     fields: dict[str, Any] = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"schema_version": 9}))
     with pytest.raises(BenchError, match="has schema version 9; this bench reads version 1"):
-        read_suite(path)
+        suite_of(read_fields(path), path)
     path.write_text(json.dumps(fields | {"findings": 1}))
     with pytest.raises(BenchError, match="is not a whole result: findings"):
-        read_suite(path)
+        suite_of(read_fields(path), path)
     write_result(result, path)
-    assert read_suite(path) is None
+    assert results_in(path).suite is None
 
 
 def test_a_full_disk_is_one_paragraph(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
