@@ -22,10 +22,12 @@ from torch import nn
 
 @contextmanager
 def rewritten(model: nn.Module) -> Iterator[None]:
-    """Make the model's 2 × 2 pools and its BatchNorms compute as here; undone where the block raises."""
+    """Make the model's 2 × 2 pools, which must see even sizes, and its BatchNorms compute as here; undone where the
+    block raises.
+    """
     changed: list[nn.Module] = []
     for layer in model.modules():
-        if isinstance(layer, nn.MaxPool2d) and (layer.kernel_size, layer.stride, layer.padding) == (2, 2, 0):
+        if isinstance(layer, nn.MaxPool2d) and _numbers(layer) == _numbers(nn.MaxPool2d(2)):
             layer.forward = _pool  # type: ignore[method-assign,assignment]
         elif isinstance(layer, nn.BatchNorm2d) and layer.affine and layer.track_running_stats and layer.momentum:
             layer.forward = functools.partial(_normalise, layer)  # type: ignore[method-assign]
@@ -38,6 +40,11 @@ def rewritten(model: nn.Module) -> Iterator[None]:
         for layer in changed:
             del layer.forward
         raise
+
+
+def _numbers(pool: nn.MaxPool2d) -> tuple[object, ...]:
+    """All that tells one pool from another."""
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
 
 
 class _MaxPool(torch.autograd.Function):

@@ -54,7 +54,7 @@ def test_a_batchnorm_computes_the_same_and_keeps_the_same_statistics() -> None:
 
 def test_other_pools_stay_as_they_are() -> None:
     x = images(2, 3, 9, 9)
-    for layer in (nn.MaxPool2d(3), nn.MaxPool2d(2, stride=1), nn.MaxPool2d(2, padding=1)):
+    for layer in (nn.MaxPool2d(3), nn.MaxPool2d(2, stride=1), nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, dilation=2)):
         expected = layer(x)
         with rewritten(layer):
             assert torch.equal(layer(x), expected)
