@@ -90,21 +90,14 @@ def test_training(precision: str, data_dir: Path, literal: Callable[[], None], b
     prepared = train.prepare(settings, mnist.load(data_dir), compiled=True)
     literal()  # one slice of each that doesn't count
     train.run(prepared)
-    literal_seconds: list[float] = []
-    ours_seconds: list[float] = []
 
-    def take_turns() -> None:
-        began = time.perf_counter()
-        literal()
-        literal_seconds.append(time.perf_counter() - began)
-
-    def ours() -> None:
+    def ours() -> float:
         trained = train.run(prepared)
         assert [evaluation.iteration for evaluation in trained.history] == [SLICE]
         assert trained.test_top1 > 50
-        ours_seconds.append(trained.seconds)
+        return trained.seconds
 
-    benchmark.pedantic(ours, setup=take_turns, rounds=ROUNDS, iterations=1)
+    literal_seconds, ours_seconds = take_turns(benchmark, literal, ours, ROUNDS)
 
     pairs = [theirs / mine for theirs, mine in zip(literal_seconds, ours_seconds, strict=True)]
     keep(
@@ -131,22 +124,15 @@ def test_fast(data_dir: Path, literal: Callable[[], None], benchmark: BenchmarkF
 
     slices = round(ARTICLE.epochs * 60_000 / ARTICLE.batch_size / SLICE)
     literal()
-    literal_seconds: list[float] = []
-    ours_seconds: list[float] = []
     top1: list[float] = []
 
-    def take_turns() -> None:
-        began = time.perf_counter()
-        literal()
-        literal_seconds.append(time.perf_counter() - began)
-
-    def ours() -> None:
+    def ours() -> float:
         began = time.perf_counter()
         trained = train.train(Settings(FAST, seed=len(top1)), mnist.load(data_dir))
-        ours_seconds.append(time.perf_counter() - began)
         top1.append(trained.test_top1)
+        return time.perf_counter() - began
 
-    benchmark.pedantic(ours, setup=take_turns, rounds=FAST_ROUNDS, iterations=1)
+    literal_seconds, ours_seconds = take_turns(benchmark, literal, ours, FAST_ROUNDS)
     assert min(top1) > 98.5
 
     pairs = [theirs * slices / mine for theirs, mine in zip(literal_seconds, ours_seconds, strict=True)]
@@ -164,6 +150,22 @@ def test_fast(data_dir: Path, literal: Callable[[], None], benchmark: BenchmarkF
         f"{FAST_ROUNDS} pairs); a run takes {statistics.median(ours_seconds):.1f} s against "
         f"{statistics.median(literal_seconds) * slices:.0f} s"
     )
+
+
+def take_turns(
+    benchmark: BenchmarkFixture, literal: Callable[[], None], ours: Callable[[], float], rounds: int
+) -> tuple[list[float], list[float]]:
+    """The seconds of a slice of the literal loop before each run of ours, which says its own, and those of ours."""
+    literal_seconds: list[float] = []
+    ours_seconds: list[float] = []
+
+    def literal_slice() -> None:
+        began = time.perf_counter()
+        literal()
+        literal_seconds.append(time.perf_counter() - began)
+
+    benchmark.pedantic(lambda: ours_seconds.append(ours()), setup=literal_slice, rounds=rounds, iterations=1)
+    return literal_seconds, ours_seconds
 
 
 def keep(
