@@ -134,7 +134,8 @@ def build(
         folded = fold_batchnorm(model64, (example.double(),), dynamic_shapes=batch, strategy=strategy)
         say(_summary(folded.report))
         _require_equal(model64, folded.module, inputs)
-        for_torch = _folded_for_torch(model64, example.double(), folded) if strategy == "auto" else folded
+        chosen = strategy in ("auto", "all")
+        for_torch = _folded_for_torch(model64, example.double(), folded, strategy) if chosen else folded
         if for_torch is not folded:
             say("for torch:\n" + _summary(for_torch.report))
             _require_equal(model64, for_torch.module, inputs)
@@ -160,7 +161,8 @@ def build(
             oracle = Oracle(material.raw, material.labels, logits)
             _write_oracle(folder / "oracle.safetensors", oracle)
             say("checking every file with optimisations off")
-            tolerances = _check_files(folder, entries, oracle, inputs, len(folded.report.kept))
+            kept: dict[Runtime, int] = {runtime: len(way.report.kept) for runtime, way in ways.items()}
+            tolerances = _check_files(folder, entries, oracle, inputs, kept)
             manifest = Manifest(
                 schema_version=1,
                 name=target.name,
@@ -182,14 +184,13 @@ def build(
     return Bundle.open(target)
 
 
-def _folded_for_torch(model64: nn.Module, example64: torch.Tensor, folded: Folded) -> Folded:
-    """The network as `auto` folds it for torch; `folded` itself where that is the same, or keeps another number."""
+def _folded_for_torch(model64: nn.Module, example64: torch.Tensor, folded: Folded, strategy: Strategy) -> Folded:
+    """The network as `strategy` folds it for torch; `folded` itself where that is the same."""
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import any_batch
 
-    found = fold_batchnorm(model64, (example64,), dynamic_shapes=any_batch(), runtime="torch")
-    same = _ways(found.report) == _ways(folded.report)
-    return folded if same or len(found.report.kept) != len(folded.report.kept) else found
+    other = fold_batchnorm(model64, (example64,), dynamic_shapes=any_batch(), strategy=strategy, runtime="torch")
+    return folded if _ways(other.report) == _ways(folded.report) else other
 
 
 def _write_files(
@@ -249,15 +250,21 @@ def _variant_entry(folder: Path, file: File, opset: int | None) -> FileEntry:
     )
 
 
-def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs: np.ndarray, kept: int) -> Tolerances:
-    """Load every file again and hold it to the oracle; returns the tolerances, whose unit is torch's own error."""
+def _check_files(
+    folder: Path, entries: list[FileEntry], oracle: Oracle, inputs: np.ndarray, kept: dict[Runtime, int]
+) -> Tolerances:
+    """Load every file again and hold it to the oracle; returns the tolerances, whose unit is torch's own error.
+
+    `kept` is how many BatchNorms the network has left that is folded for each runtime.
+    """
     from export import oracle as truth
 
     tolerances: Tolerances | None = None
     whole, odd = CHECK_BATCHES
     # The reference first: its error is the unit that the others are measured in.
     for entry in sorted(entries, key=lambda entry: (entry.format != "pt2", entry.folded, entry.precision != "float32")):
-        _require_folded(folder, entry, kept)
+        for_torch = entry.format in ("pt2", "torchscript")
+        _require_folded(folder, entry, kept["torch" if for_torch else "onnxruntime"])
         run = _runner(folder, entry)
         taken = oracle.raw if entry.takes == "raw" else inputs
         counted = tolerances is None or entry.precision != "float32"
@@ -283,13 +290,15 @@ def _check_files(folder: Path, entries: list[FileEntry], oracle: Oracle, inputs:
 
 
 def _require_folded(folder: Path, entry: FileEntry, kept: int) -> None:
-    """No BatchNorm in a folded file but those that the report keeps. A quantiser may fold more, into the layer before;
-    a compiled program has no graph to count them in.
+    """No BatchNorm in a folded file but those that the report keeps.
+
+    A quantiser or torch's own exporter may fold more, into the layer before, where they see what torch.export's graph
+    does not show; a compiled program has no graph to count them in.
     """
     if not entry.folded or entry.format.startswith("aoti"):
         return
     found = _format_module(entry).batchnorms(folder / entry.path)
-    if found > kept or (found < kept and entry.precision != "int8"):
+    if found > kept:
         raise ExportRefused(f"{entry.path} holds {found} BatchNorms, the fold report keeps {kept}.")
 
 
@@ -378,6 +387,7 @@ def _ways(report: FoldReport) -> list[tuple[str, str]]:
 def _summary(report: FoldReport) -> str:
     lines = [f"folded {norm.name}: {norm.method}, into {', '.join(norm.into)}" for norm in report.folded]
     lines += [f"kept {norm.name}: {norm.reason}" for norm in report.kept]
+    lines += [f"simplified {other.name}: {other.method}, into {', '.join(other.into)}" for other in report.simplified]
     return "\n".join(lines or ["the model has no BatchNorm"])
 
 

@@ -179,7 +179,7 @@ def _for_int8(model64: nn.Module, folded: Folded, example64: torch.Tensor, strat
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import any_batch
 
-    if strategy == "auto":
+    if strategy in ("auto", "all"):
         with_ones = fold_batchnorm(model64, (example64,), dynamic_shapes=any_batch(), strategy="ones")
         if len(with_ones.report.kept) <= len(folded.report.kept):
             return _activations_first(with_ones.module)

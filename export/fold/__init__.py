@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from export.fold.report import FoldedNorm, FoldReport, KeptNorm
 
 if TYPE_CHECKING:
-    from export.fold.batchnorm import Folded, FoldError, fold_batchnorm
+    from export.fold.batchnorm import Folded, fold_batchnorm
+    from export.fold.whole import FoldError
 
 __all__ = ["FoldError", "FoldReport", "Folded", "FoldedNorm", "KeptNorm", "fold_batchnorm"]
 

@@ -1,6 +1,6 @@
-"""Folding a torch module: export its graph, fold it, write it back.
+"""Folding a torch module: export its graph, fold it, write it back, and compare the whole.
 
-Owns `fold_batchnorm`. The cases stand in `rules`, the formulas in `algebra`.
+Owns `fold_batchnorm`. The cases stand in `search`, the formulas in `algebra`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from export.fold import rules, torch_graph
+from export.fold import from_torch, search
 from export.fold.report import FoldReport, Runtime, Strategy
-from trainer.errors import UserError
-
-
-class FoldError(UserError):
-    """A model that can't be folded at all: in training mode, not a number in its weights, refused by torch.export."""
+from export.fold.search import Limits
+from export.fold.whole import FoldError, difference, until_right
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,18 @@ def fold_batchnorm(
 ) -> Folded:
     """Fold every BatchNorm of a model whose home is exact; the others stay and are in the report with the reason.
 
+    Each fold is checked by itself, and the whole is compared with the model on random inputs like the example; a fold
+    that the whole does not bear is undone.
+
     Args:
         model: any module in eval mode that torch.export takes. It is never changed and shares nothing with the result.
         example_inputs: a tuple of tensors that the model takes; a batch of 2 or more where the batch is to be symbolic.
         dynamic_shapes: as for `torch.export.export`. None makes the first dimension of every input symbolic, together,
             where torch.export accepts that, and fixes all sizes otherwise.
-        strategy: how a shift gets over a border of zeros: ``"ones"``, ``"bias-map"`` or ``"floor"`` alone, or
-            ``"auto"``, the cheapest that is exact. ``"none"`` folds nothing.
-        runtime: for whom ``"auto"`` counts what is cheapest, ``"onnxruntime"`` or ``"torch"``.
+        strategy: how a shift gets over a border of zeros: ``"ones"``, ``"bias-map"`` or ``"floor"`` alone, ``"all"``,
+            the cheapest that is exact, or ``"auto"``, the same unless it costs more than the BatchNorm does. ``"none"``
+            folds nothing.
+        runtime: for whom costs are counted, ``"onnxruntime"`` or ``"torch"``.
 
     Returns:
         The folded module, on the model's device and in its dtype, in eval mode, and the report.
@@ -54,11 +55,25 @@ def fold_batchnorm(
         FoldError: the model is in training mode, has weights that are not finite, or torch.export refuses it.
     """
     module = graph_module(model, example_inputs, dynamic_shapes)
-    with torch.no_grad():
-        graph = torch_graph.read(module)
-        report = rules.fold(graph, strategy, runtime)
-        folded = torch_graph.write(module, graph)
-    return Folded(folded, report)
+    graph, effects = from_torch.prepare(module)
+
+    def attempt(limits: Limits) -> Folded:
+        with torch.no_grad():
+            read = from_torch.read(graph, effects)
+            report = search.fold(read, strategy, runtime, limits)
+            return Folded(from_torch.write(graph, read), report)
+
+    def problem(folded: Folded) -> str | None:
+        states = [_state(module, effects.constants) for module in (graph, folded.module)]
+        return difference(model, folded.module, example_inputs, *states)
+
+    return until_right(attempt, problem, lambda folded: folded.report)
+
+
+def _state(module: nn.Module, names: set[str]) -> list[torch.Tensor]:
+    """The tensors of those names, as far as the module has them: what a call changes."""
+    have = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return [have[name] for name in sorted(names) if name in have]
 
 
 def graph_module(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None) -> fx.GraphModule:
@@ -68,8 +83,12 @@ def graph_module(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shap
             "the model is in training mode, in which BatchNorm normalises by the batch and can't be folded. "
             "Call model.eval() first."
         )
+    statistics = ("running_mean", "running_var")
+    masks = {name for name, _ in model.named_buffers() if not name.endswith(statistics)}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # A mask may well hold minus infinity; a weight may not.
+        wrong = torch.isnan(tensor).any() if name in masks else not torch.isfinite(tensor).all()
+        if tensor.is_floating_point() and wrong:
             raise FoldError(
                 f"{name} holds values that are not finite (NaN or infinity). No result would be right: "
                 "use weights from a training that converged."

@@ -1,21 +1,24 @@
-"""A network as folding sees it: values, nodes, and operations that say what commutes with a per-channel affine map.
+"""A network as folding sees it: values, nodes, and what each node computes.
 
-Owns the vocabulary that every source format is translated into (`torch_graph` for torch.export programs) and an
-evaluator of it, so that a fold can be checked by itself in float64. The channel is axis 1 of every value. Knows
-neither how a fold is found nor which file format the network comes from.
+Owns the structure that every source format is translated into (`from_torch`, `from_onnx`) and its evaluator, so that a
+fold can be checked by itself in float64. What the operations mean for folding stands in `operations`. Knows neither how
+a fold is found nor which file format the network comes from.
 
-The structure never changes: a fold replaces the `op` of some nodes (a BatchNorm becomes `Identity`, a layer gets other
-weights, a ReLU becomes a `Clamp`), so undoing one is putting the former operations back.
+While folds are tried, the structure stays: a fold replaces the `op` of some nodes (a BatchNorm becomes `Identity`, a
+layer gets other weights, a ReLU other bounds), so undoing one is putting the former operations back. Once a fold holds,
+`forget` takes away what nothing reads any more.
+
+The graph is functional: a reader makes sure that no value changes after it was made, or says so in `Value.unstable`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
+from export.fold.maps import Map, Refused, Size
 from export.fold.report import KeptNorm
 
 Tensor = torch.Tensor
@@ -26,29 +29,42 @@ class Value:
     """A tensor that flows through the network.
 
     Attributes:
-        shape: sizes as in the example that the graph was made with, or None where they are not known.
-        fixed: for each dimension, whether every input has that size.
-        origin: the source format's value.
+        shape: sizes in the example that folds are checked with, or None where they are not known.
+        sizes: the same in general, as `maps.Size`; as many as `shape`.
         pinned: why it must stay what it is: ``"an input of the network"``, ``"an output of the network"``; else empty.
+        unstable: why its elements are not those that its producer made: something writes into it, or into another
+            tensor of the same memory. Such a value must stay, and no other may take its place or be replaced by it.
+        origin: the source format's value.
     """
 
     name: str
     shape: tuple[int, ...] | None
-    fixed: tuple[bool, ...] = ()
+    sizes: tuple[Size, ...] = ()
     pinned: str = ""
+    unstable: str = ""
     origin: object = None
     producer: Node | None = None
     users: list[Node] = field(default_factory=list)
 
     @property
     def readers(self) -> list[Node]:
-        """The nodes that look at the elements, and not at the sizes alone."""
-        return [node for node in self.users if not isinstance(node.op, Sizes)]
+        """The nodes that look at the elements, and not at the sizes alone; one for each time that it does."""
+        return [node for node in self.users if node.op.reads_elements]
 
     @property
-    def spatial_is_fixed(self) -> bool:
-        """Whether all sizes after batch and channel are known and always the same."""
-        return self.shape is not None and all(self.fixed[2:])
+    def rank(self) -> int:
+        return len(self.known_shape())
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all sizes but the first are known and always the same."""
+        return self.shape is not None and not any(symbols for _, symbols in self.sizes[1:])
+
+    def known_shape(self) -> tuple[int, ...]:
+        """`shape`, or Refused."""
+        if self.shape is None:
+            raise Refused(f"the shape of {self.name} is not known")
+        return self.shape
 
 
 @dataclass(eq=False)
@@ -72,190 +88,41 @@ class Node:
         return self.outputs[0]
 
 
+@dataclass
+class Step:
+    """What becomes of a map on its way through an operation.
+
+    Attributes:
+        maps: the map of the one value it arrives at; of each input, when it is on its way back.
+        op: the operation with which that is exact, where it is another one.
+        clamped: by how many more comparisons with one bound per channel that operation differs, per element.
+    """
+
+    maps: list[Map]
+    op: Op | None = None
+    clamped: int = 0
+
+
 class Op:
     """What a node computes."""
 
+    label: str
+    reads_elements: bool = True
+
     def evaluate(self, *inputs: Tensor) -> Tensor:
+        """Compute it, in the inputs' dtype, by the arguments that are written in the network."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class Layer(Op):
-    """Convolution (1d, 2d, 3d), transposed convolution, or Linear (`rank` 0): y = W x + bias.
-
-    Attributes:
-        weight: [O, I/groups, *kernel]; transposed: [I, O/groups, *kernel]; Linear: [O, I].
-        bias: None, [O], or a bias map [O, *spatial].
-        padding: zeros read before and after each spatial dimension (transposed: rows cut off).
-        shared: another node reads the same weight, so it may not change. (A shared bias may: whoever writes the network
-            gives the layer one of its own.)
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    rank: int
-    stride: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-    shared: bool = False
-
-    @property
-    def channels_in(self) -> int:
-        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
-
-    @property
-    def channels_out(self) -> int:
-        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
-
-    @property
-    def reads_padding(self) -> bool:
-        """Whether some output is made from fewer input elements than the others: a constant input gives no constant."""
-        return self.transposed or any(side for pair in self.padding for side in pair)
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        if self.rank == 0:
-            return F.linear(x, weight, bias)
-        if self.transposed:
-            y = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.rank - 1](
-                x, weight, None, self.stride, 0, self.output_padding, self.groups, self.dilation
-            )
-            for axis, (before, after) in enumerate(self.padding, start=2):
-                y = y.narrow(axis, before, y.shape[axis] - before - after)
-        else:
-            flat = [side for pair in reversed(self.padding) for side in pair]
-            x = F.pad(x, flat) if any(flat) else x
-            y = (F.conv1d, F.conv2d, F.conv3d)[self.rank - 1](
-                x, weight, None, self.stride, 0, self.dilation, self.groups
-            )
-        if bias is None:
-            return y
-        return y + (bias if bias.dim() > 1 else per_channel(bias, y.dim()))
-
-
-@dataclass(frozen=True, eq=False)
-class Norm(Op):
-    """BatchNorm in eval mode: y = scale x + shift, `scale` and `shift` float64 [C]."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        return x * per_channel(self.scale, x.dim()).to(x.dtype) + per_channel(self.shift, x.dim()).to(x.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Identity(Op):
-    """y = x: dropout in eval mode, and what is left of a folded BatchNorm."""
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        return inputs[0]
-
-
-@dataclass(frozen=True, eq=False)
-class Elementwise(Op):
-    """The same function of every element. `homogeneous`: f(a x) = a f(x) for a ≥ 0, as ReLU and leaky ReLU have it."""
-
-    label: str
-    function: Callable[[Tensor], Tensor]
-    homogeneous: bool = False
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        return self.function(inputs[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Clamp(Op):
-    """y = min(max(x, low), high) with `low` and `high` float64 [C]; -inf and inf where there is no bound."""
-
-    low: Tensor
-    high: Tensor
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        low, high = (per_channel(bound, x.dim()).to(x.dtype) for bound in (self.low, self.high))
-        return torch.minimum(torch.maximum(x, low), high)
-
-
-@dataclass(frozen=True, eq=False)
-class Spatial(Op):
-    """Works on each channel by itself, the same way: pooling, resizing, padding, reshaping behind the channel axis.
-
-    Attributes:
-        linear: f(a x) = a f(x) for every a. Otherwise f is a maximum, and that holds for a ≥ 0 alone.
-        keeps_constants: f(x + s) = f(x) + s. Not so where zeros are read or written at the border.
-        any_channels: it takes one more channel as it is; a reshape to fixed sizes does not.
-        stands_in: `function` commutes as the real one does but is not the same, so its numbers may not get into a file.
-    """
-
-    label: str
-    function: Callable[[Tensor], Tensor]
-    linear: bool
-    keeps_constants: bool
-    any_channels: bool = True
-    stands_in: bool = False
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        return self.function(inputs[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Flatten(Op):
-    """[N, C, *spatial] → [N, C·P], each channel's P positions side by side. `any_channels` as in `Spatial`."""
-
-    any_channels: bool = True
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        return inputs[0].flatten(1)
-
-
-@dataclass(frozen=True, eq=False)
-class Concat(Op):
-    """Channels of the inputs, one after another."""
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        return torch.cat(inputs, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Add(Op):
-    """Sum of two values of the same shape."""
-
-    def evaluate(self, *inputs: Tensor) -> Tensor:
-        return inputs[0] + inputs[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Sizes(Op):
-    """Looks at sizes alone: a fold may change the elements it gets, but not how many channels there are."""
-
-
-@dataclass(frozen=True, eq=False)
-class Opaque(Op):
-    """Anything else. Nothing is folded through it; `label` names it, `reason` says why where that isn't plain."""
-
-    label: str
-    reason: str = ""
 
 
 @dataclass(eq=False)
 class Graph:
     """A network; `nodes` in an order in which each comes after what it reads.
 
-    `unread` are the BatchNorms that could not even be read as `Norm`, with the reason; they stay.
+    `unread` are the BatchNorms that could not even be read as such, with the reason; they stay.
     """
 
     nodes: list[Node]
     unread: tuple[KeptNorm, ...] = ()
-
-    def norms(self) -> list[Node]:
-        """The BatchNorms that are left."""
-        return [node for node in self.nodes if isinstance(node.op, Norm)]
 
 
 def connect(nodes: Iterable[Node], unread: Iterable[KeptNorm] = ()) -> Graph:
@@ -269,13 +136,23 @@ def connect(nodes: Iterable[Node], unread: Iterable[KeptNorm] = ()) -> Graph:
     return graph
 
 
-def per_channel(vector: Tensor, dimensions: int) -> Tensor:
-    """[C] → [1, C, 1, …] with that many dimensions, to meet a value on its channel axis."""
-    return vector.reshape(1, -1, *([1] * (dimensions - 2)))
+def forget(node: Node, value: Value) -> None:
+    """`node` reads `value` no more; what was made for it alone reads nothing either."""
+    pending = [(node, value)]
+    while pending:
+        reader, read = pending.pop()
+        reader.inputs.remove(read)
+        read.users.remove(reader)
+        maker = read.producer
+        if maker is not None and not any(made.users or made.pinned or made.unstable for made in maker.outputs):
+            pending += [(maker, other) for other in maker.inputs]
 
 
-def evaluate(targets: Sequence[Value], feeds: Mapping[Value, Tensor]) -> list[Tensor]:
-    """Compute values from fed ones. Every path back from a target must end in a fed value."""
+def evaluate(targets: Sequence[Value], feeds: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
+    """Compute values from fed ones; returns them with all that was computed on the way.
+
+    Every path back from a target must end in a fed value: Refused otherwise.
+    """
     known = dict(feeds)
     pending = list(targets)
     while pending:
@@ -284,12 +161,12 @@ def evaluate(targets: Sequence[Value], feeds: Mapping[Value, Tensor]) -> list[Te
             pending.pop()
             continue
         node = value.producer
-        if node is None or isinstance(node.op, Opaque):
-            raise ValueError(f"{value.name} can't be computed from the values given")
+        if node is None:
+            raise Refused(f"{value.name} can't be computed from the values given")
         missing = [needed for needed in node.inputs if needed not in known]
         if missing:
             pending.extend(missing)
         else:
             known[value] = node.op.evaluate(*(known[needed] for needed in node.inputs))
             pending.pop()
-    return [known[value] for value in targets]
+    return known

@@ -1,39 +1,36 @@
 """Folding an ONNX file: read it, fold it, prove it, write it.
 
-Owns `fold_onnx` and what a file must be to be folded. The cases stand in `rules`, the operators in `onnx_graph`.
+Owns `fold_onnx` and what is published. The cases stand in `search`, the file format in `from_onnx`. Where there is
+nothing to fold, neither torch nor onnxruntime is needed.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
-from export.fold import onnx_graph, rules
-from export.fold.batchnorm import FoldError
-from export.fold.graph import Graph
+from export.fold.from_onnx import sizes, survey, trial
+from export.fold.from_onnx.compare import BASE, Original
+from export.fold.from_onnx.constants import Constants
+from export.fold.from_onnx.file import has_external_data, load, refusal, save, sparse
+from export.fold.from_onnx.nodes import Made, NotFinite
 from export.fold.report import FoldReport, Strategy
-from export.formats.onnx_file import open_session
+from trainer.errors import EXIT_NEGATIVE
 
-SIZE_OF_A_SYMBOL = (2, 32)
-"""Sizes taken in an example for a symbolic first dimension, the batch, and for any other."""
+if TYPE_CHECKING:
+    from export.fold.graph import Graph
+    from export.fold.search import Limits
 
-AGREEMENT = 1e-4
-"""Largest relative difference, in float32 and with optimisations off, between the outputs of the two files.
+__all__ = ["LARGEST_FILE", "FoldedFile", "explain_onnx", "fold_onnx", "load"]
 
-Each fold was held to 1e-9 in float64 by itself; this only shows that the file says what the folded graph means.
-"""
-
-LARGEST_FILE = 2**31 - 1
-"""Bytes that a protobuf message, hence an ONNX file without external data, can have."""
+LARGEST_FILE = trial.LARGEST_FILE
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class FoldedFile:
     """What became of an ONNX file.
 
     `difference` is the largest relative difference between the outputs of the two files, run by onnxruntime in their
-    own precision with optimisations off; None where onnxruntime can't run the file as it was (`not_run` says why).
+    own precision with optimisations off; None where they could not be compared (`not_run` says why).
     """
 
     report: FoldReport
@@ -49,177 +46,211 @@ class FoldedFile:
     not_run: str
 
 
-def fold_onnx(source: Path, target: Path, strategy: Strategy = "auto") -> FoldedFile:
+@dataclass(frozen=True)
+class _Attempt:
+    """A folded file that is not published yet."""
+
+    report: FoldReport
+    path: Path
+
+
+def fold_onnx(source: Path, target: Path, strategy: Strategy = "auto", *, unchecked: bool = False) -> FoldedFile:
     """Fold the BatchNorms of the ONNX file `source` and write the result to `target`, whole or not at all.
 
-    Names of inputs and outputs, metadata, and nodes that have nothing to do with a fold stay as they were.
+    Names of inputs and outputs, metadata, and nodes that have nothing to do with a fold stay as they were. A fold that
+    makes the file's outputs wrong is left out, and reported as kept.
+
+    Args:
+        source: the file, with its external data, if any, beside it.
+        target: where the result goes.
+        strategy: how a shift gets over a border of zeros, see `fold_batchnorm`.
+        unchecked: write the file too where it can't be compared with the original.
 
     Raises:
-        FoldError: `source` is missing, no valid ONNX model, has external data outside its folder, or has more weights
-            than one file can hold; `target` can't be written; or the folded file's outputs differ from the original's
-            (then nothing is written).
+        FoldError: `source` is missing, no valid ONNX model, has weights that are no numbers, has external data outside
+            its folder, or has more weights than one file can hold; `target` can't be written; or the two files can't be
+            compared (exit code 1; then nothing is written).
     """
-    model = load(source)
-    graph = _read(model, source)
-    report = rules.fold(graph, strategy)
-    onnx_graph.write(model, graph)
-    weights = _weight_bytes(model)
-    if weights > LARGEST_FILE:
-        raise FoldError(
-            f"{source} holds {weights / 2**30:.1f} GiB of weights, and the folded file would have to hold them all: "
-            "an ONNX file ends at 2 GiB. Nothing was written. Fold the model before exporting it (fold_batchnorm)."
-        )
+    opened = _open(source)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            written = Path(folder) / target.name
-            ir.save(model, written)
-            onnx.checker.check_model(str(written), full_check=True)
-            difference, not_run = _difference(source, written)
-            if difference is not None and not difference <= AGREEMENT:
-                raise FoldError(
-                    f"the folded file's outputs differ from those of {source} by {difference:.1e} (relative), "
-                    f"expected at most {AGREEMENT:.0e}. Nothing was written; please report this model."
-                )
-            os.replace(written, target)
+            if not opened.has_something_to_fold:
+                _copy(opened.model, source, Path(folder) / target.name)
+                os.replace(Path(folder) / target.name, target)
+                return FoldedFile(opened.nothing_folded, 0.0, "")
+            folding = _Folding(source, Path(folder), strategy, opened)
+            del opened
+            result = folding.right(unchecked)
+            os.replace(result.path, target)
     except OSError as error:
-        raise FoldError(f"can't write {target} ({error.strerror or error}). Name another file with --out.") from error
-    return FoldedFile(report, difference, not_run)
+        raise refusal(f"can't write {target} ({error.strerror or error}). Name another file with --out.") from error
+    return FoldedFile(result.report, folding.difference, folding.not_compared)
 
 
 def explain_onnx(source: Path, strategy: Strategy = "auto") -> FoldReport:
     """What `fold_onnx` would do, without writing anything. Raises FoldError."""
-    return rules.fold(_read(load(source), source), strategy)
+    opened = _open(source)
+    if not opened.has_something_to_fold:
+        return opened.nothing_folded
+    from export.fold import search
+
+    graph, _ = _read(opened, source)
+    return search.fold(graph, strategy)
 
 
-def load(source: Path) -> ir.Model:
-    """The model, checked, with its weights in memory. Raises FoldError."""
+@dataclass(frozen=True)
+class _Opened:
+    """A model, and what is known of it without torch and onnxruntime."""
+
+    model: ir.Model
+    known: sizes.Known
+    skeleton: onnx.ModelProto
+    constants: Constants
+
+    @property
+    def has_something_to_fold(self) -> bool:
+        return survey.has_something_to_fold(self.model, self.constants)
+
+    @property
+    def nothing_folded(self) -> FoldReport:
+        return FoldReport(kept=survey.out_of_reach(self.model))
+
+
+def _open(source: Path) -> _Opened:
+    model = load(source)
+    known, skeleton = sizes.infer(model)
+    return _Opened(model, known, skeleton, Constants(model, known.dtype, sparse(model)))
+
+
+def _read(opened: _Opened, source: Path) -> tuple[Graph, Original]:
+    """The graph, and how the file is to be run for a comparison. Raises FoldError."""
+    from export.fold.from_onnx.read import read
+
+    known = opened.known
+    sizes.complete(known, opened.skeleton, opened.model, opened.constants)
     try:
-        onnx.checker.check_model(str(source))
-        model = ir.load(source)
-        return ir.external_data.load_to_model(model)
-    except FileNotFoundError:
-        raise FoldError(f"there is no file {source}. Name an ONNX file.") from None
-    except Exception as error:  # onnx has no common class: decoding, checking and external data each raise their own
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FoldError(
-            f"{source} is no valid ONNX model ({type(error).__name__}: {first_line[:300]}). Expected a file that "
-            "onnx.checker accepts, with external data, if any, beside it. Export it again."
-        ) from error
+        graph = read(opened.model, opened.constants, known)
+    except NotFinite as error:
+        raise refusal(f"{source}: {error}. Export other weights.") from None
+    values = {value for node in graph.nodes for value in (*node.inputs, *node.outputs)}
+    types = {value.origin.dtype for value in values if isinstance(value.origin, Made)}
+    inputs = dict(known.inputs)
+    for value in values:
+        if inputs.get(value.name, ()) is None and value.shape is not None:
+            # An input without declared sizes has those that the layers ask for.
+            inputs[value.name] = tuple(symbols[0] if symbols else number for number, symbols in value.sizes)
+    coarsest = max((dtype for dtype in BASE if dtype in types), key=BASE.__getitem__, default=ir.DataType.FLOAT)
+    tried = [size for size in trial.SIZES if size >= known.size]
+    return graph, Original(source, inputs, tried, coarsest)
 
 
-def _read(model: ir.Model, source: Path) -> Graph:
-    floating = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
-    for name, value in model.graph.initializers.items():
-        if (
-            value.dtype in floating
-            and value.const_value is not None
-            and not np.isfinite(value.const_value.numpy()).all()
-        ):
-            raise FoldError(
-                f"{source}: {name} holds values that are not finite (NaN or infinity). Export other weights."
-            )
-    shapes = _shapes(model)
-    # What inference can't follow (a shape computed at run time) may be declared, in symbols of the inputs.
-    symbols: dict[int | str | None, int] = {}
-    for value in model.graph.inputs:
-        declared = [size if isinstance(size, int) else size.value for size in value.shape or ()]
-        symbols |= {
-            size: taken for size, taken in zip(declared, _example_sizes(declared), strict=True) if isinstance(size, str)
-        }
-    example: dict[str, tuple[int, ...]] = {}
-    for name, shape in (shapes | _shapes(_with_sizes(model))).items():
-        for known in (shape, shapes.get(name, (None,))):
-            if all(isinstance(size, int) or size in symbols for size in known):
-                example[name] = tuple(size if isinstance(size, int) else symbols[size] for size in known)
-                break
-    return onnx_graph.read(model, shapes, example, _observed(model, set(example)))
+class _Folding:
+    """Attempts at one file, and what came of their comparison.
 
-
-def _observed(model: ir.Model, known: set[str]) -> dict[str, tuple[int, ...]]:
-    """Sizes that neither inference nor a declaration tells (those of a Reshape to a computed shape, say), by running
-    the model once; empty where there are none, and where onnxruntime does not run it.
+    `difference` and `not_compared` are those of the last one that was looked at.
     """
-    unknown = [v.name for node in model.graph for v in node.outputs if v.name and v.name not in known]
-    if not unknown or _weight_bytes(model) > LARGEST_FILE:
-        return {}
-    proto = ir.to_proto(model)
-    outputs = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in unknown if n not in outputs)
-    try:
-        session = open_session(proto.SerializeToString(), silent=True)
-        results = session.run(unknown, _feeds(session))
-    except Exception:  # onnxruntime has a class for each failure; without these sizes less is folded, and said so
-        return {}
-    return {
-        name: tuple(result.shape)
-        for name, result in zip(unknown, results, strict=True)
-        if isinstance(result, np.ndarray)  # not a sequence or an optional value
-    }
 
+    def __init__(self, source: Path, folder: Path, strategy: Strategy, opened: _Opened) -> None:
+        self.source, self.folder, self.strategy = source, folder, strategy
+        self.opened: _Opened | None = opened  # until the first attempt, which changes it
+        self.original: Original | None = None
+        self.difference: float | None = None
+        self.not_compared = ""
+        self.attempts = 0
 
-def _feeds(session: Any) -> dict[str, np.ndarray]:
-    """Normally distributed inputs, always the same, with the sizes of `_example_sizes`."""
-    generator = np.random.default_rng(0)
-    kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
-    return {
-        argument.name: generator.standard_normal(_example_sizes(argument.shape)).astype(
-            kinds.get(argument.type, np.float32)
-        )
-        for argument in session.get_inputs()
-    }
+    def right(self, unchecked: bool) -> _Attempt:
+        """The file with all folds that hold. Raises FoldError where it can't be compared and is not `unchecked`."""
+        from export.fold.whole import until_right
 
+        attempt = until_right(self.attempt, self.problem, lambda attempt: attempt.report)
+        if self.difference is None and not unchecked:
+            raise refusal(
+                f"{self.source} can't be compared with the folded file: {self.not_compared}. Nothing was written; "
+                "with --unchecked (unchecked=True) it is.",
+                EXIT_NEGATIVE,
+            )
+        return attempt
 
-def _weight_bytes(model: ir.Model) -> int:
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    def attempt(self, limits: Limits) -> _Attempt:
+        """Fold within limits and save the result."""
+        from export.fold import search
+        from export.fold.from_onnx.write import write
 
+        opened, self.opened = self.opened or _open(self.source), None
+        graph, original = _read(opened, self.source)
+        model = opened.model
+        self.original = self.original or original
+        report = search.fold(graph, self.strategy, limits=limits)
+        self.attempts += 1
+        path = self.folder / f"{self.attempts}.onnx"
+        if not report.folded and not report.simplified:
+            _copy(model, self.source, path)
+            return _Attempt(report, path)
+        write(model, graph)
+        del graph, opened
+        _require_one_file(model, self.source)
+        save(model, path)
+        return _Attempt(report, path)
 
-def _with_sizes(model: ir.Model) -> ir.Model:
-    """A copy whose inputs have sizes where the model has symbols; shares the weights."""
-    copied = model.clone()
-    for value in copied.graph.inputs:
-        if value.shape is not None:
-            value.shape = ir.Shape(_example_sizes(value.shape))
-    for value in (*copied.graph.outputs, *(v for node in copied.graph for v in node.outputs)):
-        value.shape = None if value.shape is None or not all(isinstance(d, int) for d in value.shape) else value.shape
-    return copied
-
-
-def _example_sizes(shape: Iterable[object]) -> list[int]:
-    """The sizes of an input, those of `SIZE_OF_A_SYMBOL` where it has symbols."""
-    batch, other = SIZE_OF_A_SYMBOL
-    return [size if isinstance(size, int) else (other if axis else batch) for axis, size in enumerate(shape)]
-
-
-def _shapes(model: ir.Model) -> onnx_graph.Shapes:
-    """Sizes of all values that shape inference finds; the model is not changed."""
-    inferred = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model.clone()).model
-    found: onnx_graph.Shapes = {}
-    for value in (*inferred.graph.inputs, *(v for node in inferred.graph for v in node.outputs)):
-        if value.shape is not None and value.name:
-            found[value.name] = tuple(size if isinstance(size, int) else size.value for size in value.shape)
-    return found
-
-
-def _difference(source: Path, folded: Path) -> tuple[float | None, str]:
-    """Both files on the same random inputs; see `FoldedFile`."""
-    results = []
-    feeds: dict[str, np.ndarray] = {}
-    for path in (source, folded):
+    def problem(self, attempt: _Attempt) -> str | None:
+        """What is wrong with the file, or None."""
+        self.difference, self.not_compared = 0.0, ""
+        copied = not attempt.report.folded and not attempt.report.simplified
+        invalid = None if copied else _invalid(attempt.path, self.source)
+        if invalid:
+            return invalid
+        original = self.original
+        assert original is not None
+        original.run()
+        if original.not_run:
+            self.difference, self.not_compared = None, f"onnxruntime does not run it ({original.not_run})"
+        if copied or original.not_run:
+            return None
         try:
-            session = open_session(str(path), silent=True)
-            feeds = feeds or _feeds(session)
-            results.append(session.run(None, feeds))
-        except Exception as error:  # onnxruntime has a class for each failure; the original's own are not this fold's
-            if path is folded:
-                raise FoldError(
-                    f"onnxruntime runs {source} but not the folded file: {error}. Nothing was written."
-                ) from error
-            return None, str(error).splitlines()[0][:200]
-    worst = 0.0
-    for before, after in zip(*results, strict=True):
-        scale = float(
-            np.abs(before.astype(np.float64)).max(initial=1e-2)
-        )  # outputs of zero would compare rounding noise
-        worst = max(worst, float(np.abs(before.astype(np.float64) - after.astype(np.float64)).max(initial=0)) / scale)
-    return worst, ""
+            differences = original.differences(attempt.path)
+        except Exception as error:  # onnxruntime has a class for each failure
+            return f"onnxruntime runs the file no more ({(str(error).splitlines() or [''])[0][:200]})"
+        limits = original.limits(differences)
+        for difference, limit in zip(differences, limits, strict=True):
+            if not difference <= limit:
+                return f"the outputs of the file differ by {difference:.1e} (relative), where {limit:.0e} is rounding"
+        told = [difference for difference, limit in zip(differences, limits, strict=True) if limit < float("inf")]
+        self.difference = max(told, default=None if differences else 0.0)
+        if self.difference is None:
+            self.not_compared = "its outputs are random, or rounding alone changes them"
+        return None
+
+
+def _invalid(path: Path, source: Path) -> str:
+    """Why ONNX's checker refuses a file; a fault that the original has too is none of the fold's."""
+    for full in (True, False):
+        try:
+            onnx.checker.check_model(str(path), full_check=full)
+            return ""
+        except Exception as error:  # checking and inference each raise their own
+            fault = f"onnx.checker refuses the file ({(str(error).splitlines() or [''])[0][:200]})"
+        try:
+            onnx.checker.check_model(str(source), full_check=full)
+        except Exception:
+            continue
+        return fault
+    return ""
+
+
+def _copy(model: ir.Model, source: Path, path: Path) -> None:
+    """The file as it is, but whole: weights that lie beside it come in."""
+    if has_external_data(source):
+        _require_one_file(model, source)
+        save(model, path)
+    else:
+        shutil.copyfile(source, path)
+
+
+def _require_one_file(model: ir.Model, source: Path) -> None:
+    weights = trial.weight_bytes(model)
+    if weights > LARGEST_FILE:
+        raise refusal(
+            f"{source} holds {weights / 2**30:.1f} GiB of weights, and the folded file would have to hold them all: "
+            "an ONNX file ends at 2 GiB. Nothing was written. Fold the model before exporting it (fold_batchnorm)."
+        )

@@ -9,8 +9,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Strategy = Literal["auto", "ones", "bias-map", "floor", "none"]
-"""How a shift gets over a border of zeros, see `rules`; ``"auto"`` takes the cheapest, ``"none"`` folds nothing."""
+Strategy = Literal["auto", "all", "ones", "bias-map", "floor", "none"]
+"""How a shift gets over a border of zeros, see `search`.
+
+``"all"`` takes the cheapest way, ``"auto"`` too, unless it costs more than the BatchNorm does; ``"none"`` folds
+nothing.
+"""
 
 
 Runtime = Literal["onnxruntime", "torch"]
@@ -46,9 +50,15 @@ class KeptNorm(BaseModel):
 
 
 class FoldReport(BaseModel):
-    """Every BatchNorm of the network is in exactly one of the two lists."""
+    """Every BatchNorm of the network is in exactly one of the first two lists.
+
+    Attributes:
+        simplified: what else was folded, by the same cases: constants' multiplications and additions, and parallel
+            layers of one input, named by the sum of their outputs.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folded: tuple[FoldedNorm, ...] = ()
     kept: tuple[KeptNorm, ...] = ()
+    simplified: tuple[FoldedNorm, ...] = ()

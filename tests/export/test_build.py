@@ -103,11 +103,12 @@ def test_a_batchnorm_left_in_a_folded_file(material: Material, tmp_path: Path, m
 def test_a_fold_that_is_wrong_at_the_border(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Were the fold's own check blind, the comparison of the whole networks in float64 would still see the border."""
-    from export.fold import rules
+    """Were both checks of the fold blind, the bundle's comparison in float64 would still see the border."""
+    from export.fold import neighbours, search, whole
 
-    monkeypatch.setattr(rules, "_needs_border", lambda sink: False)
-    monkeypatch.setattr(rules, "_relative", lambda found, wanted: 0.0)
+    monkeypatch.setattr(neighbours.Sink, "needs_border", False)
+    monkeypatch.setattr(search, "relative", lambda found, wanted: 0.0)
+    monkeypatch.setattr(whole, "relative", lambda found, wanted: 0.0)
     assert "differs from the unfolded one" in refuse(material, tmp_path)
 
 

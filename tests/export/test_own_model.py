@@ -138,7 +138,8 @@ def test_from_a_factory_to_a_benchmark(project: Path) -> None:
     model = namespace["Net"]().eval()  # type: ignore[operator]
     save_file(model.state_dict(), project / "w.safetensors")
     arguments = ["export", "--model", "mine.nets:net", "--weights", "w.safetensors", "--input", "3x16x16"]
-    done = run(project, *arguments, "--data", "inputs.npz")
+    # Its random scales of both signs before pooling take two comparisons each, which `auto` holds for too dear.
+    done = run(project, *arguments, "--data", "inputs.npz", "--strategy", "all")
     assert done.returncode == 0, done.stderr
     bundle = Bundle.open(project / "artifacts" / "bundles" / "net")
     bundle.verify()

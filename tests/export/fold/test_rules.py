@@ -344,10 +344,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
         {"n": BEFORE},
     ),
     "1 a bias that another layer reads too": (tied_bias, IMAGE, {"n": BEFORE, "k": BEFORE}),
-    "refused: shared weights": (
+    "1 shared weights, of which it gets a copy": (
         lambda: Net(lambda m, x: F.relu(m.n(m.a(x))) + m.a(x), a=conv(4, 6), n=nn.BatchNorm2d(6)),
         IMAGE,
-        {"n": "kept"},
+        {"n": BEFORE},
     ),
     "refused: no layer before, none after": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), IMAGE, {"0": "kept"}),
     "refused: a softmax over channels": (
@@ -365,12 +365,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
         IMAGE,
         {"1": "kept"},
     ),
-    "refused: not a channel concatenation": (
+    "3 through a concatenation along another axis": (
         lambda: Net(
             lambda m, x: F.relu(m.n(torch.cat([m.a(x), m.b(x)], 2))), a=conv(4, 3), b=conv(4, 3), n=nn.BatchNorm2d(3)
         ),
         IMAGE,
-        {"n": "kept"},
+        {"n": BEFORE},
     ),
 }
 
@@ -409,7 +409,7 @@ def test_positive_scales_pass_max_pooling() -> None:
 
 def test_floor_keeps_negative_scales_with_a_minimum() -> None:
     """At the output nothing can take the signs, so the ReLU becomes a maximum and a minimum per channel."""
-    folded = check(enliven(nn.Sequential(conv(4, 6), nn.ReLU(), nn.BatchNorm2d(6)), IMAGE), IMAGE)
+    folded = check(enliven(nn.Sequential(conv(4, 6), nn.ReLU(), nn.BatchNorm2d(6)), IMAGE), IMAGE, "all")
     targets = {node.target for node in folded.module.graph.nodes}
     assert {torch.ops.aten.maximum.default, torch.ops.aten.minimum.default} <= targets
 
@@ -417,7 +417,7 @@ def test_floor_keeps_negative_scales_with_a_minimum() -> None:
 def test_the_naive_fold_would_show_at_the_border() -> None:
     """The comparison used here has teeth: shift into the bias alone is wrong at the border and nowhere else."""
     from export.fold import algebra
-    from export.fold.graph import Layer
+    from export.fold.operations import Layer
 
     torch.manual_seed(0)
     model = enliven(nn.Sequential(nn.BatchNorm2d(4), conv(4, 6)), IMAGE)
@@ -436,23 +436,39 @@ def test_a_wrong_fold_is_undone_and_reported(method: str, monkeypatch: pytest.Mo
     """One wrong channel in what a fold makes is caught by the fold's own check, whatever the way."""
     from dataclasses import replace
 
-    from export.fold import rules
+    from export.fold import search
+    from export.fold.operations import Layer
+    from export.fold.plan import Plan
 
-    real = rules._apply
+    real = search.apply
 
-    def spoil(norm: rules.Node, plan: rules._Plan) -> float:
+    def spoil(plan: Plan) -> float:
         for node, op in plan.changes.items():
-            if isinstance(op, rules.Layer):
+            if isinstance(op, Layer):
                 weight = op.weight.detach().clone()
                 weight[0] += 1e-6
                 plan.changes[node] = replace(op, weight=weight)
                 break
-        return real(norm, plan)
+        return real(plan)
 
-    monkeypatch.setattr(rules, "_apply", spoil)
+    monkeypatch.setattr(search, "apply", spoil)
     torch.manual_seed(0)
     tail = [nn.ReLU(), nn.BatchNorm2d(6), conv(6, 5)] if method != BEFORE else [nn.BatchNorm2d(6)]
     strategy = {ONES: "ones", MAP: "bias-map", FLOOR: "floor"}.get(method, "none" if method == MAP else "auto")
     folded = check(enliven(nn.Sequential(conv(4, 6), *tail), IMAGE), IMAGE, strategy)
     assert set(methods(folded).values()) == {"kept"}
     assert "undone" in folded.report.kept[0].reason
+
+
+def test_a_fold_that_only_the_whole_shows_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a fold's own check blind, the comparison of the whole would find the fold, and only that one goes."""
+    from export.fold import neighbours, search
+
+    monkeypatch.setattr(neighbours.Sink, "needs_border", False)
+    monkeypatch.setattr(search, "relative", lambda found, wanted: 0.0)
+    torch.manual_seed(0)
+    layers = [conv(4, 6), nn.BatchNorm2d(6), nn.SiLU(), nn.BatchNorm2d(6), conv(6, 5), nn.SiLU(), nn.BatchNorm2d(5)]
+    folded = check(enliven(nn.Sequential(*layers, conv(5, 4, 1)), IMAGE), IMAGE)
+    assert methods(folded) == {"1": BEFORE, "3": "kept", "6": AFTER}
+    (kept,) = folded.report.kept
+    assert "undone" in kept.reason
