@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_benchmark_generate_machine_info() -> dict[str, str]:
     """What pytest-benchmark stores with a run: by what `bench compare` knows a machine, and not its clock just now."""
-    from bench.environment import describe, fingerprint, usable_cpus
+    from bench.machine.environment import describe, fingerprint, usable_cpus
 
     return fingerprint(describe(), usable_cpus(), "strict")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from bench.backend import Backend, Device, Options, Placement, Setting
+from bench.backends.contract import Backend, Device, Options, Placement, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, Profile, Session, Setting, input_of, locate, preparation
+from bench.backends.contract import (
+    Backend,
+    Options,
+    Placement,
+    Profile,
+    Session,
+    Setting,
+    input_of,
+    locate,
+    preparation,
+)
 from bench.backends.pieces import pieces
 from bench.backends.torch_runtime import GpuMemory, TorchDevice, torch_unavailable_reason
 

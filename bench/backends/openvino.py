@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Device, Options, Placement, Profile, Session, Setting, locate, preparation
+from bench.backends.contract import Backend, Device, Options, Placement, Profile, Session, Setting, locate, preparation
 from bench.backends.pieces import pieces
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, Setting, locate
+from bench.backends.contract import Backend, Options, Placement, Setting, locate
 from bench.backends.torch_runtime import TorchDevice, TorchSession, configure_torch, torch_unavailable_reason
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Device, Options, Placement, Setting, locate
+from bench.backends.contract import Backend, Device, Options, Placement, Setting, locate
 from bench.backends.torch_program import load_program
 from bench.backends.torch_runtime import GpuMemory, TorchSession, configure_torch, torch_unavailable_reason
 

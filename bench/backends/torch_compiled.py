@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Device, Options, locate
+from bench.backends.contract import Backend, Device, Options, locate
 from bench.backends.torch_program import load_program
 from bench.backends.torch_runtime import TorchSession, configure_torch, torch_unavailable_reason
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from bench.backend import Options, Placement, Profile, Setting
+from bench.backends.contract import Options, Placement, Profile, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

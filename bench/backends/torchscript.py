@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, Setting, locate
+from bench.backends.contract import Backend, Options, Placement, Setting, locate
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,

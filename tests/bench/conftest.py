@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from bundles import shorten, tamper
 
-from bench.backend import BACKENDS, Profile
-from bench.plan import Plan
-from bench.results import Result
-from bench.run import run
+from bench.backends.contract import BACKENDS, Profile
+from bench.results.schema import Result
+from bench.run.plan import Plan
+from bench.run.rounds import run
 
 TamperedBundle = Callable[..., Path]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.backend import Options, Placement, Session, Setting
+from bench.backends.contract import Options, Placement, Session, Setting
 from bench.backends.onnx import CPU, CpuSession, Onnx, open_session, read_placement
 from export.bundle import Bundle
 

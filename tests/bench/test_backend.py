@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.backend import BACKENDS, Backend, Options, Profile, find_backend
+from bench.backends.contract import BACKENDS, Backend, Options, Profile, find_backend
 from bench.backends.torch_runtime import CpuMemory
 from bench.errors import EXIT_USAGE, BenchError
 from export.bundle import Bundle, Preprocessing, TensorSpec

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.results import Result
+from bench.results.schema import Result
 
 ROOT = Path(__file__).parents[2]
 # Nothing is measured with these; they make a run short.
@@ -86,8 +86,8 @@ def test_a_result_is_shown_again(result: Result, tmp_path: Path) -> None:
 
     from rich.console import Console
 
-    from bench.report import MIN_WIDTH, print_run
-    from bench.results import write_result
+    from bench.report.terminal.run import MIN_WIDTH, print_run
+    from bench.results.schema import write_result
 
     path = tmp_path / "result.json"
     shown = io.StringIO()

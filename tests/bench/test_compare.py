@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.compare import compare, machine_differences, regressions
-from bench.environment import Environment, Gpu, fingerprint
 from bench.errors import BenchError
-from bench.results import Failure, Result, write_result
+from bench.machine.environment import Environment, Gpu, fingerprint
+from bench.results.compare import compare, machine_differences, regressions
+from bench.results.schema import Failure, Result, write_result
 
 LABELS = ("onnx-cpu", "onnx-cpu:unfolded", "null")
 
@@ -39,7 +39,7 @@ def bench(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
 ) -> tuple[int, str, str]:
     """The command in this process: exit code, stdout, stderr."""
-    from bench.cli import main
+    from bench.cli.main import main
 
     monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
     monkeypatch.setattr("signal.signal", lambda *arguments: None)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.backend import Options, find_backend
+from bench.backends.contract import Options, find_backend
 from bench.backends.torch_aot import (
     BuiltForAnotherMachine,
     mismatches,

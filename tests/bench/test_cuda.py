@@ -13,13 +13,13 @@ import pytest
 import torch
 from onnx import helper
 
-from bench.backend import BACKENDS, Options, Profile, find_backend
+from bench.backends.contract import BACKENDS, Options, Profile, find_backend
 from bench.errors import EXIT_UNAVAILABLE, BenchError
-from bench.measure import timed_block
-from bench.parity import judge
-from bench.plan import Plan
-from bench.results import Result
-from bench.run import run
+from bench.results.parity import judge
+from bench.results.schema import Result
+from bench.run.plan import Plan
+from bench.run.rounds import run
+from bench.worker.clock import timed_block
 from export.bundle import Bundle
 
 pytestmark = [

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import doctor
-from bench.doctor import (
+from bench.machine import doctor
+from bench.machine.doctor import (
     DRIVER_LIBRARY,
     Broken,
     Distribution,

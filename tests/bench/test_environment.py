@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.environment import allowed_cpus, cpu_quota, describe, usable_cpus
+from bench.machine.environment import allowed_cpus, cpu_quota, describe, usable_cpus
 
 
 @pytest.fixture(autouse=True)

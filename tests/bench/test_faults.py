@@ -21,16 +21,16 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import bench.bisect
-import bench.run
-from bench.backend import Options, Profile, Session, find_backend
-from bench.bisect import Bisection, bisect
-from bench.cli import app
+import bench.run.rounds
+import bench.worker.bisect
+from bench.backends.contract import Options, Profile, Session, find_backend
+from bench.cli.main import app
 from bench.errors import BenchError
-from bench.parity import McNemar, ParityVerdict, worst_images
-from bench.plan import Plan
-from bench.report import FLIPS_SHOWN
-from bench.run import BISECTED_IMAGES, run
+from bench.report.terminal.run import FLIPS_SHOWN
+from bench.results.parity import McNemar, ParityVerdict, worst_images
+from bench.run.plan import Plan
+from bench.run.rounds import BISECTED_IMAGES, run
+from bench.worker.bisect import Bisection, bisect
 from export.bundle import Bundle
 from export.formats import torchscript
 from trainer.model import Net
@@ -287,13 +287,13 @@ def test_a_wrong_output_of_right_nodes_is_the_runtimes(small_bundle: Path) -> No
 def test_a_wrong_kernel_is_told_from_a_wrong_file(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime that computes with another weight than the file has."""
     other = onnx.load(str(bundles["a weight in the middle off by a hundredth"] / "model.onnx"))
-    right = bench.bisect._onnx_values
+    right = bench.worker.bisect._onnx_values
 
     def wrong(model: onnx.ModelProto, *arguments: Any) -> dict[str, np.ndarray]:
         values = right(other, *arguments)
         return values | {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
-    monkeypatch.setattr(bench.bisect, "_onnx_values", wrong)
+    monkeypatch.setattr(bench.worker.bisect, "_onnx_values", wrong)
     found = bisected(*opened(bundles["nothing"])).divergence
     assert found is not None
     assert (found.layer, found.culprit) == ("features.6", "runtime")
@@ -322,7 +322,7 @@ def test_bisect_asks_for_all(
         plans.append(plan)
         raise BenchError("enough", 4)
 
-    monkeypatch.setattr(bench.run, "run", note)
+    monkeypatch.setattr(bench.run.rounds, "run", note)
     done = CliRunner().invoke(app, ["parity", "--bundle", str(small_bundle), *options])
     assert isinstance(done.exception, BenchError)
     assert [plan.bisect for plan in plans] == [wanted]

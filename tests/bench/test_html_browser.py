@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from report_pages import many, with_parity, with_tails
 
-from bench.inputs import Source
-from bench.page.document import html_page
-from bench.results import Result
+from bench.report.html.document import html_page
+from bench.results.load import Source
+from bench.results.schema import Result
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Dialog, Page

@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 from report_pages import many, with_parity, with_tails
 
-from bench.backend import Profile
-from bench.cli import app
+from bench.backends.contract import Profile
+from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
-from bench.export_tables import csv_table, markdown_page
-from bench.facts import champion, fastest_words, right_rows
-from bench.inputs import Source, results_in
-from bench.page.document import html_page
-from bench.page.markup import Html, element, prose
-from bench.page.pictures import data_uri
-from bench.page.plot import batch_axis, log_axis, percent_axis, short
-from bench.parity import Flip, ParityVerdict
-from bench.results import BundleFacts, Failure, Result, SubjectResult, write_result
-from bench.roofline import Point
-from bench.suite import LeftOut, Suite
-from bench.sweep import Sweep
+from bench.report.csv_table import csv_table, markdown_page
+from bench.report.html.document import html_page
+from bench.report.html.markup import Html, element, prose
+from bench.report.html.pictures import data_uri
+from bench.report.html.plot import batch_axis, log_axis, percent_axis, short
+from bench.report.sentences import champion, fastest_words, right_rows
+from bench.results.load import Source, results_in
+from bench.results.parity import Flip, ParityVerdict
+from bench.results.roofline import Point
+from bench.results.schema import BundleFacts, Failure, Result, SubjectResult, write_result
+from bench.run.suite import LeftOut, Suite
+from bench.sweep.sweep import Sweep
 from export.bundle import Bundle, FoldReport
 
 EVIL = "<script>alert('x')</script>"

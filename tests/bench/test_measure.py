@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from bench import measure
-from bench.measure import MAX_CALLS_PER_BLOCK, timed_block, wait_until_quiet, warm_up
+from bench.worker import clock as measure
+from bench.worker.clock import MAX_CALLS_PER_BLOCK, timed_block, wait_until_quiet, warm_up
 
 
 def test_every_timed_call_is_a_sample() -> None:

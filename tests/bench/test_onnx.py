@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bench.backend import Options
+from bench.backends.contract import Options
 from bench.backends.onnx import PROVIDERS, open_session, read_placement
 
 CPU, CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.backend import BACKENDS, Options, Profile, file_of, find_backend
+from bench.backends.contract import BACKENDS, Options, Profile, file_of, find_backend
 from bench.backends.openvino import configuration, placement_of, read_placement
-from bench.measure import QUIET_LIMIT_S, wait_until_quiet
-from bench.worker import Evaluate, Evaluated, Job, Loaded, Worker
+from bench.worker.clock import QUIET_LIMIT_S, wait_until_quiet
+from bench.worker.process import Evaluate, Evaluated, Job, Loaded, Worker
 from export.bundle import Bundle
 
 openvino = pytest.importorskip("openvino")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.backend import Options, Profile, Session, find_backend
-from bench.parity import ROUNDING, judge, worst_images
+from bench.backends.contract import Options, Profile, Session, find_backend
+from bench.results.parity import ROUNDING, judge, worst_images
 from export.bundle import Bundle, Oracle, Tolerances
 
 E32 = 1e-6

@@ -12,8 +12,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from bench.backend import BACKENDS, Options, find_backend
 from bench.backends import onnx as runtime
+from bench.backends.contract import BACKENDS, Options, find_backend
 from bench.backends.onnx import DEFAULT, Onnx, ParallelSession, Preset, open_session
 from bench.backends.pieces import LARGEST, pieces
 from export.bundle import Bundle

@@ -15,14 +15,14 @@ import pytest
 from onnx import TensorProto, helper
 from sweeps import MB, TORCH, Figures, sweep_of
 
-from bench.backend import BACKENDS, find_backend
-from bench.cli import app
+from bench.backends.contract import BACKENDS, find_backend
+from bench.cli.main import app
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
-from bench.plan import Choice, opened
-from bench.recommend import Candidate, Recommendation, candidates, front, recommend
-from bench.results import Failure, Result, write_result
-from bench.snippet import RUNTIMES, Runnable, runtime_of, snippet
-from bench.sweep import Sweep
+from bench.results.schema import Failure, Result, write_result
+from bench.run.plan import Choice, opened
+from bench.sweep.program import RUNTIMES, Runnable, runtime_of, snippet
+from bench.sweep.recommend import Candidate, Recommendation, candidates, front, recommend
+from bench.sweep.sweep import Sweep
 from export.bundle import Bundle, Preprocessing, TensorSpec
 
 ONNX, ONNX_1 = Choice("onnx-cpu", "float32", 2), Choice("onnx-cpu", "float32", 1)

@@ -7,10 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from bench.backend import Profile
-from bench.parity import Flip, ParityVerdict
-from bench.report import FLIPS_SHOWN, MIN_WIDTH, print_backends, print_parity, print_run
-from bench.results import Failure, Result, Skipped
+from bench.backends.contract import Profile
+from bench.report.terminal.run import FLIPS_SHOWN, MIN_WIDTH, print_backends, print_parity, print_run
+from bench.results.parity import Flip, ParityVerdict
+from bench.results.schema import Failure, Result, Skipped
 
 
 def shown(what: object, printer: object) -> str:

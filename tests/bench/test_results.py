@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.errors import EXIT_BAD_INPUT, BenchError
-from bench.results import SCHEMA_VERSION, Result, check_writable, indented_json, read_result, write_result
+from bench.results.schema import SCHEMA_VERSION, Result, check_writable, indented_json, read_result, write_result
 
 UNITS = (
     "seconds",
@@ -109,7 +109,7 @@ def test_every_measured_number_has_its_unit_in_its_name() -> None:
 
 
 def test_what_is_derived_can_be_derived_again_from_the_file(result: Result) -> None:
-    from bench.summary import ratios, rows
+    from bench.results.derive import ratios, rows
 
     again = Result.model_validate_json(result.model_dump_json())
     assert rows(again.samples, again.subjects) == result.rows

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.backend import Profile
+from bench.backends.contract import Profile
 from bench.backends.torch_program import read_program
-from bench.roofline import Peak, Work, count, launch_seconds, locate, survey
+from bench.results.roofline import Peak, Work, count, launch_seconds, locate, survey
 from export.bundle import Bundle
 
 WORK = Work(flops_per_image=2e6, activation_bytes_per_image=1e5, weight_bytes=1e6)

@@ -10,13 +10,13 @@ from typing import Any
 import psutil
 import pytest
 
-import bench.lanes
-from bench.backend import BACKENDS
+import bench.run.lanes
+from bench.backends.contract import BACKENDS
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
-from bench.lanes import availability
-from bench.plan import Choice, Plan, select
-from bench.results import Result
-from bench.run import cpus_for, exit_code, run
+from bench.results.schema import Result
+from bench.run.lanes import availability
+from bench.run.plan import Choice, Plan, select
+from bench.run.rounds import cpus_for, exit_code, run
 from export.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")
@@ -91,7 +91,7 @@ def test_null_prices_the_harness(plan: MakePlan) -> None:
 def test_the_others_finish_when_one_fails(
     name: str, kind: str, words: str, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = bench.lanes._load
+    load = bench.run.lanes._load
 
     def load_and_lose_patience(lanes: list[Any], asked: bool) -> Any:
         skipped = load(lanes, asked)
@@ -99,7 +99,7 @@ def test_the_others_finish_when_one_fails(
             lanes[0].worker._timeout_s = 1.0
         return skipped
 
-    monkeypatch.setattr(bench.lanes, "_load", load_and_lose_patience)
+    monkeypatch.setattr(bench.run.lanes, "_load", load_and_lose_patience)
     result = go(plan(backends=(name, "onnx-cpu")))
     bad, good = result.subjects
     assert bad.failure is not None

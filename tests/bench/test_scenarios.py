@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench.cli import app
+from bench.cli.main import app
 from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
-from bench.loadgen import Scenario
-from bench.plan import Plan
-from bench.scenarios import (
+from bench.run.plan import Plan
+from bench.run.scenario import (
     RATE_PRECISION,
     ScenarioResult,
     Wanted,
@@ -23,6 +22,7 @@ from bench.scenarios import (
     run_scenario,
     scenario_exit_code,
 )
+from bench.worker.loadgen import Scenario
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")
 MakePlan = Callable[..., Plan]
@@ -157,6 +157,6 @@ def test_where_the_logs_are() -> None:
 
 
 def test_the_command_imports_loadgen_only_where_it_is_used() -> None:
-    code = "import sys, bench.cli; print({'torch', 'onnxruntime', 'numpy', 'mlperf_loadgen'} & set(sys.modules))"
+    code = "import sys, bench.cli.main; print({'torch', 'onnxruntime', 'numpy', 'mlperf_loadgen'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

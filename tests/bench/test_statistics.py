@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.statistics import (
+from bench.results.statistics import (
     paired_ratio,
     percentile_ms,
     percentile_upper_bound_ms,

@@ -14,17 +14,18 @@ from typing import Any
 
 import pytest
 
-import bench.suite
-from bench.backend import Profile
-from bench.charts import COLOURS, _style, draw_latency, draw_throughput
-from bench.cli import app
-from bench.doctor import Finding, Severity
+import bench.run.suite
+from bench.backends.contract import Profile
+from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
-from bench.inputs import results_in
-from bench.plan import Plan
-from bench.results import Failure, Result, read_fields, read_result, write_result
-from bench.roofline import Peak, Survey, Work
-from bench.suite import (
+from bench.machine.doctor import Finding, Severity
+from bench.report.png import COLOURS, _style, draw_latency, draw_throughput
+from bench.report.suite import JSON_NAME, PAGE_NAME, page, write_suite
+from bench.results.load import results_in
+from bench.results.roofline import Peak, Survey, Work
+from bench.results.schema import Failure, Result, read_fields, read_result, write_result
+from bench.run.plan import Plan
+from bench.run.suite import (
     CONTROLLED,
     NOT_REACHED,
     LeftOut,
@@ -37,7 +38,6 @@ from bench.suite import (
     suite_exit_code,
     suite_of,
 )
-from bench.suite_page import JSON_NAME, PAGE_NAME, page, write_suite
 
 ROOT = Path(__file__).parents[2]
 STRICT_GPU, FAST_GPU = Leg(Profile.STRICT, "cuda"), Leg(Profile.FAST, "cuda")
@@ -111,7 +111,7 @@ def test_a_users_mistake_is_told_before_anything_is_measured(
 
 def test_help_imports_no_runtime() -> None:
     program = (
-        "import sys; from bench.cli import app\n"
+        "import sys; from bench.cli.main import app\n"
         "try: app(['suite', '--help'])\n"
         "except SystemExit: print([n for n in ('torch', 'onnxruntime', 'matplotlib', 'scipy') if n in sys.modules])"
     )
@@ -142,7 +142,7 @@ def test_what_no_run_is_made_for_is_said() -> None:
 
 
 class Runs:
-    """Takes the place of `bench.run.run`: gives the real result of another run, or raises what is asked for."""
+    """Takes the place of `bench.run.rounds.run`: gives the real result of another run, or raises what is asked for."""
 
     def __init__(self, result: Result) -> None:
         self.result = result
@@ -161,9 +161,9 @@ class Runs:
 def runs(result: Result, monkeypatch: pytest.MonkeyPatch) -> Runs:
     """A machine with a GPU, on which runs take no time."""
     made = Runs(result)
-    monkeypatch.setattr(bench.suite, "run", made)
-    monkeypatch.setattr(bench.suite, "examine", lambda threads: [])
-    monkeypatch.setattr(bench.suite.sensors, "gpus", lambda: ("a GPU",))
+    monkeypatch.setattr(bench.run.suite, "run", made)
+    monkeypatch.setattr(bench.run.suite, "examine", lambda threads: [])
+    monkeypatch.setattr(bench.run.suite.sensors, "gpus", lambda: ("a GPU",))
     return made
 
 
@@ -332,7 +332,7 @@ def test_a_full_disk_is_one_paragraph(suite: Suite, tmp_path: Path, monkeypatch:
     def full(result: Result, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bench.suite_page.FIGURES", {"throughput": full})
+    monkeypatch.setattr("bench.report.suite.FIGURES", {"throughput": full})
     with pytest.raises(BenchError, match=r"No space left on device.*--out") as caught:
         write_suite(suite, tmp_path)
     assert caught.value.exit_code == EXIT_BAD_INPUT

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench.backend import Device
-from bench.measure import Timing
-from bench.results import Sample, SubjectResult
-from bench.summary import CONFIRMED_ROUNDS, LETTER_SIGN, decided, ratios, rows, slower
+from bench.backends.contract import Device
+from bench.results.derive import CONFIRMED_ROUNDS, LETTER_SIGN, decided, ratios, rows, slower
+from bench.results.schema import Sample, SubjectResult
+from bench.worker.clock import Timing
 
 
 def sample(subject: str, round_: int, milliseconds: list[float], timing: Timing, batch_size: int = 4) -> Sample:

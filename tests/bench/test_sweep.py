@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 from sweeps import MB, TORCH, Figures, Machine, result_of, sweep_of, with_variants
 
-import bench.sweep
-import bench.sweep_folder
-import bench.sweep_legs
-from bench.backend import BACKENDS
-from bench.cli import app
-from bench.contenders import MARGIN, chances, contenders
+import bench.sweep.device_runs
+import bench.sweep.folder
+import bench.sweep.sweep
+from bench.backends.contract import BACKENDS
+from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
-from bench.plan import Choice, opened
-from bench.results import Failure, Result, write_result
-from bench.sweep import Sweep, conduct, read_sweep, sweep_exit_code
-from bench.sweep_choices import NOT_REACHED, Wanted
-from bench.sweep_folder import JSON_NAME, SweepFolder
-from bench.sweep_legs import LOOK_ROUNDS, WORKER_BYTES, grouped
+from bench.results.schema import Failure, Result, write_result
+from bench.run.plan import Choice, opened
+from bench.sweep.choices import NOT_REACHED, Wanted
+from bench.sweep.contenders import MARGIN, chances, contenders
+from bench.sweep.device_runs import LOOK_ROUNDS, WORKER_BYTES, grouped
+from bench.sweep.folder import JSON_NAME, SweepFolder
+from bench.sweep.sweep import Sweep, conduct, read_sweep, sweep_exit_code
 
 ROOT = Path(__file__).parents[2]
 ONNX, ONNX_1 = Choice("onnx-cpu", "float32", 2), Choice("onnx-cpu", "float32", 1)
@@ -65,10 +65,10 @@ def machine(result: Result, wanted: Wanted, monkeypatch: pytest.MonkeyPatch) -> 
     """One without a GPU, on which runs take no time and everybody is alike until `world` says otherwise."""
     made = Machine(result, wanted.bundle)
     reasons = {name: NO_GPU if "cuda" in name else None for name in BACKENDS}
-    monkeypatch.setattr(bench.sweep_legs, "run", made)
-    monkeypatch.setattr(bench.sweep, "availability", lambda threads, timeout_s: reasons)
-    monkeypatch.setattr(bench.sweep_legs, "usable_cpus", lambda: 2)
-    monkeypatch.setattr(bench.sweep_folder, "describe", lambda: result.environment)
+    monkeypatch.setattr(bench.sweep.device_runs, "run", made)
+    monkeypatch.setattr(bench.sweep.sweep, "availability", lambda threads, timeout_s: reasons)
+    monkeypatch.setattr(bench.sweep.device_runs, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(bench.sweep.folder, "describe", lambda: result.environment)
     return made
 
 
@@ -138,7 +138,7 @@ def test_nobody_named_means_all_that_the_bundle_has_and_that_can_run(
 def test_on_a_gpu_the_cpus_threads_make_no_choices(
     swept: Callable[..., Sweep], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.sweep, "availability", lambda threads, timeout_s: dict.fromkeys(BACKENDS))
+    monkeypatch.setattr(bench.sweep.sweep, "availability", lambda threads, timeout_s: dict.fromkeys(BACKENDS))
     swept(backends=("onnx-cuda", "onnx-cpu"), variants=("float32",), batch_sizes=())
     choices = [(plan.batch_sizes[-1], plan.choices) for plan in machine.plans]
     gpu = (Choice("torch-cuda", "float32", 2), Choice("onnx-cuda", "float32", 2))
@@ -192,8 +192,8 @@ def test_where_there_are_too_many_the_nearest_to_the_best_are_measured(
     swept: Callable[..., Sweep], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many, their number depends on the time limit, and not on what is left of it: it is the same again."""
-    monkeypatch.setattr(bench.sweep_legs, "FEWEST", 2)
-    monkeypatch.setattr(bench.sweep_legs, "FULL_S", 10.0)
+    monkeypatch.setattr(bench.sweep.device_runs, "FEWEST", 2)
+    monkeypatch.setattr(bench.sweep.device_runs, "FULL_S", 10.0)
     machine.world = {
         Choice("onnx-cpu", variant, threads): Figures({1: 1000 - 10 * threads - place}, flips=1)
         for place, variant in enumerate(("float32", "int8", "int8-raw"))
@@ -214,7 +214,7 @@ def test_where_nothing_is_right_that_is_the_error(
 ) -> None:
     """Without the reference, that is: it is measured in any case."""
     here = {name: None if name == "onnx-cpu" else NO_GPU for name in BACKENDS}
-    monkeypatch.setattr(bench.sweep, "availability", lambda threads, timeout_s: here)
+    monkeypatch.setattr(bench.sweep.sweep, "availability", lambda threads, timeout_s: here)
     machine.world = {ONNX: Figures(wrong="RMS error 1 exceeds 2")}
     with pytest.raises(BenchError, match="nothing could be measured: onnx-cpu: parity failed: RMS error") as caught:
         swept(backends=("onnx-cpu",), variants=("float32",), threads=(2,))
@@ -290,7 +290,7 @@ def test_another_library_is_another_run(
     swept: Callable[..., Sweep], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swept()
-    monkeypatch.setattr("bench.sweep_folder.installed", lambda *names: {"onnxruntime": "9.9"})
+    monkeypatch.setattr("bench.sweep.folder.installed", lambda *names: {"onnxruntime": "9.9"})
     swept()
     assert len(machine.plans) == 6
 
@@ -319,7 +319,7 @@ def test_what_the_time_did_not_reach_is_said(
     swept: Callable[..., Sweep], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first look is made whatever the time, and so are the full rounds of who was in it."""
-    monkeypatch.setattr(bench.sweep_legs, "STARTING_PER_CPU", 1)
+    monkeypatch.setattr(bench.sweep.device_runs, "STARTING_PER_CPU", 1)
     sweep = swept(time_limit_s=0)
     assert [plan.choices for plan in machine.plans] == [(TORCH, ONNX, INT8)] * 2
     missing = [entry.what for entry in sweep.skipped if entry.reason == NOT_REACHED]
@@ -408,7 +408,7 @@ def test_only_a_whole_sweep_is_read(result: Result, wanted: Wanted, tmp_path: Pa
 @pytest.mark.parametrize("command", ["sweep", "recommend"])
 def test_help_imports_no_runtime(command: str) -> None:
     program = (
-        "import sys; from bench.cli import app\n"
+        "import sys; from bench.cli.main import app\n"
         f"try: app(['{command}', '--help'])\n"
         "except SystemExit: print([n for n in ('torch', 'onnxruntime', 'numpy', 'scipy') if n in sys.modules])"
     )

@@ -12,14 +12,14 @@ import pytest
 from bundles import tamper
 from sweeps import MB, TORCH, Figures, sweep_of
 
-import bench.triton
-from bench.cli import app
+import bench.sweep.triton
+from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
-from bench.plan import Choice, opened
-from bench.recommend import candidates, recommend
-from bench.results import Result, write_result
-from bench.sweep import Sweep
-from bench.triton import CONFIG_NAME, queue_delay_us, servable, write_repository
+from bench.results.schema import Result, write_result
+from bench.run.plan import Choice, opened
+from bench.sweep.recommend import candidates, recommend
+from bench.sweep.sweep import Sweep
+from bench.sweep.triton import CONFIG_NAME, queue_delay_us, servable, write_repository
 from export.bundle import sha256_file
 
 ONNX, RAW = Choice("onnx-cpu", "float32", 2), Choice("openvino-cpu", "int8-raw", 1)
@@ -59,7 +59,7 @@ def swept(result: Result, bundle: Path, *more: tuple[Choice, Figures]) -> Sweep:
 def written(sweep: Sweep, folder: Path, max_p99_ms: float | None = None) -> tuple[Path, Any]:
     """The model's folder, and its configuration as the server reads it."""
     target = write_repository(sweep, recommend(sweep, max_p99_ms, None), folder)
-    schema = importlib.import_module(bench.triton.SCHEMA)
+    schema = importlib.import_module(bench.sweep.triton.SCHEMA)
     text_format = importlib.import_module("google.protobuf.text_format")
     return target, text_format.Parse((target / CONFIG_NAME).read_text(), schema.ModelConfig())
 
@@ -151,7 +151,7 @@ def test_a_repository_is_written_whole_or_not_at_all(
     def full(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bench.triton.shutil, "copyfile", full)
+    monkeypatch.setattr(bench.sweep.triton.shutil, "copyfile", full)
     with pytest.raises(BenchError, match=r"No space left.*another folder with --triton") as caught:
         written(swept(result, whole), tmp_path)
     assert caught.value.exit_code == EXIT_BAD_INPUT
@@ -189,7 +189,7 @@ def test_what_the_server_cannot_run_is_said(result: Result, whole: Path, tmp_pat
 def test_without_tritonclient_the_command_says_how_to_get_it(
     result: Result, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.triton, "SCHEMA", "tritonclient_that_is_not_installed")
+    monkeypatch.setattr(bench.sweep.triton, "SCHEMA", "tritonclient_that_is_not_installed")
     write_result(swept(result, whole), tmp_path / "sweep.json")
     with pytest.raises(BenchError, match=r"python -m pip install 'ninefold\[triton\]'") as caught:
         app(["recommend", str(tmp_path), "--triton", str(tmp_path / "repository")], standalone_mode=False)

@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from bench.backend import BACKENDS, Options
-from bench.worker import (
+from bench.backends.contract import BACKENDS, Options
+from bench.worker.process import (
     Available,
     BadBundle,
     Close,
@@ -176,7 +176,7 @@ def test_an_altered_file_is_a_bad_bundle(start: Start, tampered: Callable[..., P
 def test_every_thread_is_pinned() -> None:
     """In a process of its own, with a thread that was there before."""
     code = (
-        "import os, threading; from bench.worker import pin\n"
+        "import os, threading; from bench.worker.process import pin\n"
         "done = threading.Event(); thread = threading.Thread(target=done.wait); thread.start()\n"
         "cpu = min(os.sched_getaffinity(0)); pin((cpu,))\n"
         "on = [os.sched_getaffinity(int(t)) for t in os.listdir('/proc/self/task')]\n"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench.backend import Profile
-from bench.parity import judge
+from bench.backends.contract import Profile
+from bench.results.parity import judge
 from export import build, oracle, raw_input, source, variants
 from export.build import ExportRefused
 from export.bundle import COARSER, VARIANTS, Bundle, FileEntry, Oracle, Preprocessing, Source, TensorSpec, Tolerances

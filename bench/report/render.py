@@ -1,0 +1,46 @@
+"""Results in each form that `bench report` knows.
+
+Owns which module makes which form, and what goes to a terminal. Knows nothing of what the forms show.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from bench.report.formats import ReportFormat
+from bench.report.suite import page
+from bench.report.terminal.run import MIN_WIDTH, console, print_run
+from bench.results.load import Source
+
+
+def rendered(sources: Sequence[Source], chosen: ReportFormat) -> str:
+    """The whole text of a file in that form."""
+    if chosen is ReportFormat.HTML:
+        from bench.report.html.document import html_page
+
+        return html_page(sources)
+    if chosen is ReportFormat.TEXT:
+        text = io.StringIO()
+        print_sources(sources, Console(file=text, width=MIN_WIDTH, highlight=False))
+        return text.getvalue()
+    from bench.report.csv_table import csv_table, markdown_page
+
+    return markdown_page(sources) if chosen is ReportFormat.MARKDOWN else csv_table(sources)
+
+
+def print_sources(sources: Sequence[Source], out: Console | None = None) -> None:
+    """The tables of each result, and of a suite its page in Markdown; on stdout where no console is given."""
+    target = out or console()
+    for source in sources:
+        if len(sources) > 1:
+            target.print(str(source.path), markup=False, style="bold")
+        if source.suite is not None:
+            target.out(page(source.suite), end="", highlight=False)
+            continue
+        for name, result in zip(source.names, source.results, strict=True):
+            if len(source.results) > 1:
+                target.print(name, markup=False, style="bold")
+            print_run(result, target)

@@ -1,0 +1,95 @@
+"""A sweep and a recommendation as a person reads them.
+
+Owns their tables and sentences. Computes nothing: every figure is already in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.report.terminal.run import print_run
+from bench.report.wording import milliseconds, number, ratio_words, spread_words
+from bench.sweep.recommend import Candidate, Pick, Recommendation
+from bench.sweep.sweep import Sweep
+
+
+def print_sweep(sweep: Sweep, out: Console) -> None:
+    """The tables of the full runs, and what is not in them."""
+    for result in sweep.runs:
+        print_run(result, out)
+    by_reason: dict[tuple[str, bool], list[str]] = {}
+    for entry in sweep.skipped:
+        by_reason.setdefault((entry.reason, entry.failed), []).append(entry.what)
+    for (reason, failed), names in by_reason.items():
+        colour = "red" if failed else "dim"
+        out.print(f"[{colour}]not measured in full: {escape(', '.join(names))}: {escape(reason)}[/]", soft_wrap=True)
+
+
+def print_recommendation(found: Recommendation, sweep: Sweep, out: Console) -> None:
+    """The front, then each pick with its figures, its command line and its program."""
+    machine = sweep.runs[0].environment
+    size = "all batch sizes" if found.batch_size is None else f"batch {found.batch_size}"
+    out.print(f"[bold]{escape(found.bundle.name)}[/] (bundle {found.bundle.digest[:12]}) on {escape(machine.cpu)}")
+    out.print(f"the Pareto front of {found.candidates} measured candidates, {size}:")
+    out.print(_table(found.front))
+    out.print(
+        "images/s, p99 and × torch are end to end, from raw input to logits; × torch: throughput over eager torch's\n"
+        "with all threads, paired by round, with its 95 % bootstrap interval. –: too few samples, or nothing to\n"
+        "compare. On the front is whom no other beats in images/s, p99, top-1, file size and memory at once.\n"
+    )
+    for pick, respects in _by_candidate(found.picks):
+        out.print(f"[bold]{escape(', '.join(respects))}[/]: {escape(_told(pick.candidate))}", soft_wrap=True)
+        out.print(escape(pick.command), soft_wrap=True)
+        out.print("\n".join(f"    {line}".rstrip() for line in pick.program.splitlines()), markup=False, soft_wrap=True)
+        out.print()
+    for respect in found.lacking:
+        out.print(f"[yellow]{escape(respect)}[/]: nothing in this sweep")
+
+
+def _by_candidate(picks: Iterable[Pick]) -> Iterator[tuple[Pick, list[str]]]:
+    """Each candidate that was picked once, with all the respects in which it is the best."""
+    grouped: dict[str, tuple[Pick, list[str]]] = {}
+    for pick in picks:
+        grouped.setdefault(pick.command, (pick, []))[1].append(pick.respect)
+    yield from grouped.values()
+
+
+def _told(one: Candidate) -> str:
+    """A candidate's figures in a line."""
+    facts = [
+        f"{one.file} on {one.backend}, threads {one.threads}, batch {one.batch_size}",
+        f"{spread_words(one.throughput_images_per_s)} images/s",
+        f"p99 {milliseconds(one.latency_ms.p99)} ms",
+        f"× torch {ratio_words(one.times_torch, '.3g')}",
+        f"top-1 {number(one.top1_percent, '.2f')} %, {number(one.flips, '')} flips",
+        f"{one.file_bytes / 1e6:.2f} MB",
+        f"{one.memory_bytes / 2**20:.0f} MiB of memory",
+    ]
+    return "; ".join(facts)
+
+
+def _table(found: Iterable[Candidate]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("backend", overflow="fold")
+    names = ("threads", "batch", "images/s", "p99\nms", "× torch", "top-1\n%", "flips", "file\nMB", "memory\nMiB")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for one in found:
+        table.add_row(
+            escape(f"{one.backend} {one.variant}"),
+            str(one.threads),
+            str(one.batch_size),
+            spread_words(one.throughput_images_per_s),
+            milliseconds(one.latency_ms.p99),
+            ratio_words(one.times_torch, ".3g"),
+            number(one.top1_percent, ".2f"),
+            number(one.flips, ""),
+            f"{one.file_bytes / 1e6:.2f}",
+            f"{one.memory_bytes / 2**20:.0f}",
+        )
+    return table

@@ -1,0 +1,219 @@
+"""All that can be said of a bundle on one machine: the doctor's findings, then a run in each profile on each device.
+
+Owns which runs there are, how they share the time, the schema of the file, and reading it. Knows nothing of how a run
+works (`bench.run.rounds`) or of how it is shown and written (`bench.report.suite`).
+
+Backends on the GPU and on the CPU have a run each. A ratio is formed on one device only, and a call of the CPU with as
+many images as a GPU takes would leave no time for anything else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.backends.contract import BACKENDS, Profile, find_backend
+from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
+from bench.machine import sensors
+from bench.machine.doctor import Finding, examine
+from bench.results.schema import Frozen, Result, validated
+from bench.run.plan import Plan, Progress, opened, select
+from bench.run.rounds import exit_code, run
+
+SUITE_VERSION: Literal[1] = 1
+SuiteDevice = Literal["cuda", "cpu"]
+
+# A call on the GPU gains from every image until thousands are in it; on a CPU the caches are full before that.
+BATCH_SIZES: dict[SuiteDevice, tuple[int, ...]] = {
+    "cuda": (1, 8, 64, 256, 1024, 4096, 16384),
+    "cpu": (1, 8, 64, 256, 1024),
+}
+# What the fold is worth, shown on the two formats that are shipped and on torch at its best; more would take the time.
+CONTROLLED = ("onnx-cuda", "onnx-cpu", "torchscript-cpu", "graph-cuda")
+# Each run's part of the time. On the GPU there are more backends, controls and batch sizes; but starting the processes,
+# parity and warming up took a minute of a run there, and 35 s of the CPU's (H100 machine, 16 cores).
+SHARES: dict[SuiteDevice, float] = {"cuda": 1.5, "cpu": 1.0}
+NO_GPU = "this machine has no NVIDIA GPU that its driver shows, so that no CUDA backend can run"
+FAST_ON_CPU = "the fast profile changes nothing there: TF32 is arithmetic of NVIDIA GPUs"
+NOT_REACHED = "the suite was ended before its turn came"
+
+
+class LeftOut(Frozen):
+    """Something that was not measured, and why. `failed`: it was to be, and could not."""
+
+    what: str
+    reason: str
+    failed: bool
+
+
+class Suite(Frozen):
+    """The whole file. `runs` are whole results, each with its raw samples; `raw_bytes_per_image` is what crosses to the
+    device at least for each image end to end.
+    """
+
+    schema_version: Literal[1]
+    kind: Literal["suite"]
+    started_at: datetime
+    finished_at: datetime
+    time_limit_s: float
+    raw_bytes_per_image: int
+    findings: tuple[Finding, ...]
+    runs: tuple[Result, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for. No backends: all that are available. No batch sizes: those of each device."""
+
+    command: str
+    bundle: Path
+    backends: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    threads: int
+    time_limit_s: float
+    block_s: float
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A run of the suite."""
+
+    profile: Profile
+    device: SuiteDevice
+
+    @property
+    def name(self) -> str:
+        """As in the name of a file."""
+        return f"{self.profile}-{self.device}"
+
+    @property
+    def words(self) -> str:
+        """As in a sentence."""
+        return f"profile {self.profile} on the {'GPU' if self.device == 'cuda' else 'CPU'}"
+
+
+Keep = Callable[[Suite], None]
+"""Told of the suite whenever another run is finished."""
+
+
+def conduct(wanted: Wanted, keep: Keep, progress: Progress) -> Suite:
+    """Make every run in its turn, and hand over what there is after each.
+
+    Raises BenchError: a bad bundle, an unknown backend, one that was asked for and can't run, or nothing at all that
+    can. What was finished before has been handed over.
+    """
+    started_at, deadline = datetime.now(UTC), time.monotonic() + wanted.time_limit_s
+    gpu = bool(sensors.gpus())
+    legs = chosen_legs(wanted.backends, gpu)
+    left_out = absent(wanted.backends, gpu)
+    raw_bytes_per_image = int(opened(wanted.bundle).oracle().raw[0].nbytes)
+    progress("looking at the machine", 0.0)
+    findings = tuple(examine(wanted.threads))
+    runs: list[Result] = []
+
+    def suite(pending: Sequence[Leg]) -> Suite:
+        reached = [LeftOut(what=leg.words, reason=NOT_REACHED, failed=True) for leg in pending]
+        return Suite(
+            schema_version=SUITE_VERSION,
+            kind="suite",
+            started_at=started_at,
+            finished_at=datetime.now(UTC),
+            time_limit_s=wanted.time_limit_s,
+            raw_bytes_per_image=raw_bytes_per_image,
+            findings=findings,
+            runs=tuple(runs),
+            left_out=(*left_out, *reached),
+        )
+
+    for place, leg in enumerate(legs):
+        ahead = sum(SHARES[other.device] for other in legs[place:])
+        seconds = max(0.0, deadline - time.monotonic()) * SHARES[leg.device] / ahead
+        try:
+            runs.append(run(_plan(wanted, leg, seconds), _part(progress, leg, legs)))
+        except BenchError as error:
+            if error.exit_code != EXIT_UNAVAILABLE or wanted.backends or len(legs) == 1:
+                raise
+            left_out.append(LeftOut(what=leg.words, reason=str(error), failed=True))
+        if runs:
+            keep(suite(legs[place + 1 :]))
+    if not runs:
+        raise BenchError(" ".join(entry.reason for entry in left_out if entry.failed), EXIT_UNAVAILABLE)
+    return suite(())
+
+
+def chosen_legs(backends: Sequence[str], gpu: bool) -> list[Leg]:
+    """The runs that have something to measure, the most wanted first: a suite that is cut off keeps those."""
+    devices = {find_backend(name).device for name in backends or BACKENDS}
+    legs = [Leg(Profile.STRICT, "cuda"), Leg(Profile.FAST, "cuda"), Leg(Profile.STRICT, "cpu")]
+    # A GPU's backend that was named where there is no GPU is for `bench.run.rounds` to refuse.
+    return [leg for leg in legs if leg.device in devices and (leg.device == "cpu" or gpu or backends)]
+
+
+def absent(backends: Sequence[str], gpu: bool) -> list[LeftOut]:
+    """What no run is made for, where nobody chose the backends."""
+    if backends:
+        return []
+    found = [LeftOut(what="profile fast on the CPU", reason=FAST_ON_CPU, failed=False)]
+    if not gpu:
+        found.append(LeftOut(what="both profiles on the GPU", reason=NO_GPU, failed=False))
+    return found
+
+
+def suite_exit_code(suite: Suite) -> int:
+    """0, or 1 when a parity failed, a backend did not finish, or a whole run could not be made."""
+    failed = any(entry.failed for entry in suite.left_out)
+    return EXIT_NEGATIVE if failed else max(exit_code(result) for result in suite.runs)
+
+
+def suite_of(fields: dict[str, Any], path: Path) -> Suite:
+    """The suite in what `bench.results.schema.read_fields` found at `path`. Raises BenchError (bad input)."""
+    return validated(Suite, fields, SUITE_VERSION, path)
+
+
+def leg_of(result: Result) -> Leg:
+    """Which of the suite's runs made this result."""
+    on_gpu = any(subject.device == "cuda" for subject in result.subjects)
+    return Leg(result.settings.profile, "cuda" if on_gpu else "cpu")
+
+
+def _plan(wanted: Wanted, leg: Leg, seconds: float) -> Plan:
+    return _with_control(
+        Plan(
+            bundles=(wanted.bundle,),
+            backends=tuple(name for name in wanted.backends if find_backend(name).device == leg.device) or None,
+            device=leg.device,
+            threads=wanted.threads,
+            profile=leg.profile,
+            timeout_s=wanted.timeout_s,
+            batch_sizes=wanted.batch_sizes or BATCH_SIZES[leg.device],
+            rounds=None,
+            survey=True,
+            time_limit_s=seconds,
+            block_s=wanted.block_s,
+            bisect="failed",
+            command=wanted.command,
+        )
+    )
+
+
+def _with_control(plan: Plan) -> Plan:
+    """With the unfolded files beside the folded ones, where any backend has both."""
+    controlled = replace(plan, control=CONTROLLED)
+    try:
+        select([(None, opened(plan.bundles[0], verified=False))], controlled)
+    except BenchError:  # what else may be wrong the run itself says
+        return plan
+    return controlled
+
+
+def _part(progress: Progress, leg: Leg, legs: Sequence[Leg]) -> Progress:
+    """The progress of one run as that of the whole suite."""
+    total = sum(SHARES[other.device] for other in legs)
+    before = sum(SHARES[other.device] for other in legs[: legs.index(leg)])
+    return lambda what, done: progress(f"{leg.words}: {what}", (before + done * SHARES[leg.device]) / total)

@@ -1,0 +1,260 @@
+"""What to take of a sweep.
+
+Owns which rows may be recommended, which of them nothing beats in every respect, and which is the best in one. Knows
+neither how they were measured nor how a recommendation is shown.
+
+All figures are end to end, from raw input to logits. Whoever failed its parity or did not finish is no candidate.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from bench.backends.contract import Device
+from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
+from bench.report.sentences import right_rows, subject_of
+from bench.report.wording import milliseconds
+from bench.results.parity import ParityVerdict
+from bench.results.schema import BundleFacts, FileFacts, Frozen, Percentiles, Result, Row, SubjectResult, find_ratio
+from bench.results.statistics import PairedRatio, Spread
+from bench.sweep.contenders import exact, memory_bytes
+from bench.sweep.program import Runnable, snippet
+from bench.sweep.sweep import Sweep
+from export.bundle import FLOAT32, TensorSpec, takes_raw
+
+RECOMMENDATION_VERSION: Literal[1] = 1
+# Two starts of the same process differ by some MB: what is not more apart is no reason to recommend anything.
+MEMORY_STEP_BYTES = 10 * 2**20
+
+
+class Candidate(Frozen):
+    """A file on a runtime, with so many threads, in batches of that size.
+
+    `times_torch` is the throughput over the eager reference's with all threads, on the same device and in the same
+    rounds; None for the reference itself. `exact`: it says of every image what the oracle says. `memory_bytes` is what
+    its process held at most, host and GPU together.
+    """
+
+    label: str
+    backend: str
+    variant: str
+    threads: int
+    batch_size: int
+    device: Device
+    file: str
+    file_bytes: int
+    throughput_images_per_s: Spread
+    latency_ms: Percentiles
+    times_torch: PairedRatio | None
+    top1_percent: float | None
+    flips: int | None
+    exact: bool
+    memory_bytes: int
+
+
+class Pick(Frozen):
+    """The best in one respect. `command` measures it again; `program` runs that very file, without ninefold."""
+
+    respect: str
+    candidate: Candidate
+    command: str
+    program: str
+
+
+class Recommendation(Frozen):
+    """The whole file. `front` is every candidate that none other beats in throughput, p99, top-1, file size and memory
+    at once; `lacking` says which respects nobody is the best in.
+    """
+
+    schema_version: Literal[1]
+    kind: Literal["recommendation"]
+    bundle: BundleFacts
+    max_p99_ms: float | None
+    batch_size: int | None
+    candidates: int
+    front: tuple[Candidate, ...]
+    picks: tuple[Pick, ...]
+    lacking: tuple[str, ...]
+
+
+def recommend(sweep: Sweep, max_p99_ms: float | None, batch_size: int | None) -> Recommendation:
+    """The front and the picks, of one batch size where that is given.
+
+    Raises BenchError: usage for a batch size that was not measured, negative where nothing is right, or nothing holds
+    `max_p99_ms`.
+    """
+    found = candidates(sweep, batch_size)
+    picks: list[Pick] = []
+    lacking: list[str] = []
+    for respect, best in respects(max_p99_ms).items():
+        chosen = best(found)
+        if chosen is None:
+            lacking.append(respect)
+        else:
+            picks.append(
+                Pick(respect=respect, candidate=chosen, command=command(sweep, chosen), program=program(sweep, chosen))
+            )
+    return Recommendation(
+        schema_version=RECOMMENDATION_VERSION,
+        kind="recommendation",
+        bundle=sweep.bundle,
+        max_p99_ms=max_p99_ms,
+        batch_size=batch_size,
+        candidates=len(found),
+        front=tuple(front(found)),
+        picks=tuple(picks),
+        lacking=tuple(lacking),
+    )
+
+
+def candidates(sweep: Sweep, batch_size: int | None = None) -> list[Candidate]:
+    """Every row of the full runs that is right, once: the reference's of the first run it is in. Raises BenchError."""
+    found: dict[tuple[str, int], Candidate] = {}
+    for result in sweep.runs:
+        for row in right_rows(result):
+            subject = subject_of(result, row.subject)
+            if subject.file is not None and subject.parity is not None:
+                found.setdefault(
+                    (row.subject, row.batch_size), _candidate(result, row, subject, subject.file, subject.parity)
+                )
+    if not found:
+        raise BenchError("nothing can be recommended: no file in this sweep is right and was measured.", EXIT_NEGATIVE)
+    sizes = sorted({size for _, size in found})
+    if batch_size is not None and batch_size not in sizes:
+        raise BenchError(
+            f"--batch-size {batch_size} is not in this sweep; it has {', '.join(map(str, sizes))}. Name one of those, "
+            "or sweep again with that size.",
+            EXIT_USAGE,
+        )
+    return [one for (_, size), one in found.items() if batch_size in (None, size)]
+
+
+def _candidate(result: Result, row: Row, subject: SubjectResult, file: FileFacts, parity: ParityVerdict) -> Candidate:
+    return Candidate(
+        label=subject.label,
+        backend=subject.backend,
+        variant=subject.variant,
+        threads=subject.threads or result.settings.threads,
+        batch_size=row.batch_size,
+        device=subject.device,
+        file=file.path,
+        file_bytes=file.bytes or 0,
+        throughput_images_per_s=row.end_to_end_throughput_images_per_s,
+        latency_ms=row.end_to_end_latency_ms,
+        times_torch=find_ratio(result.ratios, "torch", row.subject, row.batch_size, "end_to_end"),
+        top1_percent=parity.top1_percent,
+        flips=None if parity.flips is None else len(parity.flips),
+        exact=exact(subject),
+        memory_bytes=memory_bytes(subject),
+    )
+
+
+def front(found: Sequence[Candidate]) -> list[Candidate]:
+    """Those that none other beats: as good in every respect, and better in one. The largest throughput first."""
+    goods = [(one, _goods(one)) for one in found]
+    left = [one for one, own in goods if not any(_beats(other, own) for _, other in goods)]
+    return sorted(left, key=_throughput, reverse=True)
+
+
+def _goods(one: Candidate) -> tuple[float, ...]:
+    """In each respect a number of which more is better. A p99 that too few calls were made for wins nothing."""
+    p99 = one.latency_ms.p99
+    return (
+        _throughput(one),
+        -float("inf") if p99 is None else -p99,
+        one.top1_percent or 0.0,
+        -one.file_bytes,
+        -(one.memory_bytes // MEMORY_STEP_BYTES),
+    )
+
+
+def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(mine >= theirs for mine, theirs in zip(one, other, strict=True))
+
+
+Best = Callable[[Sequence[Candidate]], Candidate | None]
+
+
+def respects(max_p99_ms: float | None) -> dict[str, Best]:
+    """By the name of each respect, what finds the best in it."""
+    latency = "lowest p99" if max_p99_ms is None else f"largest throughput under {max_p99_ms:g} ms p99"
+    return {
+        "largest throughput": fastest,
+        latency: quickest if max_p99_ms is None else lambda found: fastest_under(found, max_p99_ms),
+        "smallest file": smallest,
+        "as exact as float32 (no flips)": lambda found: fastest([one for one in found if one.exact]),
+    }
+
+
+def fastest(found: Sequence[Candidate]) -> Candidate | None:
+    """The largest throughput."""
+    return max(found, key=_throughput, default=None)
+
+
+def quickest(found: Sequence[Candidate]) -> Candidate | None:
+    """The lowest p99 of those that have one."""
+    return min((one for one in found if one.latency_ms.p99 is not None), key=_p99, default=None)
+
+
+def smallest(found: Sequence[Candidate]) -> Candidate | None:
+    """The smallest file, and of those that run it the largest throughput."""
+    return min(found, key=lambda one: (one.file_bytes, -_throughput(one)), default=None)
+
+
+def fastest_under(found: Sequence[Candidate], max_p99_ms: float) -> Candidate:
+    """The largest throughput whose p99 is at most that. Raises BenchError (negative) where there is none."""
+    best = fastest([one for one in found if _p99(one) <= max_p99_ms])
+    if best is None:
+        nearest = quickest(found)
+        told = (
+            "no p99 is known: too few calls were made"
+            if nearest is None
+            else (
+                f"the lowest p99 is {milliseconds(nearest.latency_ms.p99)} ms, of {nearest.label} at batch "
+                f"{nearest.batch_size}"
+            )
+        )
+        raise BenchError(f"nothing in this sweep has a p99 of at most {max_p99_ms:g} ms; {told}.", EXIT_NEGATIVE)
+    return best
+
+
+def command(sweep: Sweep, one: Candidate) -> str:
+    """What measures that number again; with the reference, where `bench run` gives it the threads it had."""
+    reference = f"torch-{one.device}"
+    most_threads = max(result.settings.threads for result in sweep.runs)
+    words = ["bench", "run", "--bundle", sweep.bundle.path, "--backend", one.backend]
+    if one.threads == most_threads and one.backend != reference and one.times_torch is not None:
+        words += ["--backend", reference]
+    if one.variant != FLOAT32:
+        words += ["--variant", one.variant]
+    return shlex.join([*words, "--threads", str(one.threads), "--batch-size", str(one.batch_size)])
+
+
+def program(sweep: Sweep, one: Candidate) -> str:
+    """What runs the file, without ninefold."""
+    return snippet(
+        Runnable(
+            backend=one.backend,
+            device=one.device,
+            path=f"{sweep.bundle.path}/{one.file}",
+            threads=one.threads,
+            input=input_of(sweep, one),
+            output=sweep.output,
+            preprocessing=sweep.preprocessing,
+        )
+    )
+
+
+def input_of(sweep: Sweep, one: Candidate) -> TensorSpec:
+    """What the file takes."""
+    return sweep.preprocessing.raw if takes_raw(one.variant) else sweep.input
+
+
+def _throughput(one: Candidate) -> float:
+    return one.throughput_images_per_s.median
+
+
+def _p99(one: Candidate) -> float:
+    return float("inf") if one.latency_ms.p99 is None else one.latency_ms.p99

@@ -1,0 +1,140 @@
+"""Which file on which runtime, with how many threads, in which batches: all of them, measured in as little time as it
+takes.
+
+Owns the order of things, the schema of the file, and reading it. Knows nothing of which choices there are
+(`bench.sweep.choices`), how they are measured (`bench.sweep.device_runs`), or what is recommended
+(`bench.sweep.recommend`).
+
+First every choice proves its parity and is looked at in a few short rounds. Those that are wrong are out, and those
+that can't win anything are not measured any further (`bench.sweep.contenders`). The rest have full rounds in one run,
+the reference among them. Loading takes most of a look's time, so that parity and the look are one run: each process
+starts once for both.
+
+A file that is wrong, other than in float32, is a finding: int8 may fail where float32 must not. So is one that a
+runtime can't load, unless that backend was named. The exit code is 1 where a float32 file is wrong, or where something
+that was due could not be measured.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.backends.contract import Device, find_backend
+from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, BenchError
+from bench.results.schema import BundleFacts, Frozen, Result, read_fields, validated
+from bench.run.lanes import availability
+from bench.run.plan import Choice, Progress
+from bench.run.rounds import exit_code
+from bench.run.suite import LeftOut
+from bench.sweep.choices import Wanted, chosen, offered, waves, worth_a_look
+from bench.sweep.device_runs import LOOKS_SHARE, Clock, Leg
+from bench.sweep.folder import JSON_NAME, SweepFolder
+from export.bundle import FLOAT32, Preprocessing, TensorSpec
+
+SWEEP_VERSION: Literal[1] = 1
+# As the suite's, less what a sweep of so many choices has no time for.
+BATCH_SIZES: dict[Device, tuple[int, ...]] = {"cpu": (1, 8, 64, 256), "cuda": (1, 8, 64, 256, 1024)}
+
+
+class Sweep(Frozen):
+    """The whole file. `runs` are the full ones, `looks` the short ones that chose who is in those; all with their raw
+    samples. `skipped` is everything that is not in `runs`, and why. `input`, `output` and `preprocessing` are the
+    bundle's: what is needed to use a file of it.
+    """
+
+    schema_version: Literal[1]
+    kind: Literal["sweep"]
+    started_at: datetime
+    finished_at: datetime
+    command: str
+    time_limit_s: float
+    bundle: BundleFacts
+    input: TensorSpec
+    output: TensorSpec
+    preprocessing: Preprocessing
+    runs: tuple[Result, ...]
+    looks: tuple[Result, ...]
+    skipped: tuple[LeftOut, ...]
+
+
+def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
+    """Make every run that is not yet in `folder`, and return the whole.
+
+    Raises BenchError: a damaged file of the bundle, a variant that it doesn't have, a backend that was named and can't
+    run, nothing at all that can, or nothing that is right. What was finished before is in the folder.
+    """
+    started_at, began = datetime.now(UTC), time.monotonic()
+    progress("seeing what can run here", 0.0)
+    reasons = availability(wanted.most_threads, wanted.timeout_s)
+    choices, skipped = offered(wanted, reasons)
+    if wanted.fresh:
+        folder.forget()
+    by_device: dict[Device, list[Choice]] = {}
+    for choice in choices:
+        by_device.setdefault(find_backend(choice.backend).device, []).append(choice)
+    looks: list[Result] = []
+    runs: list[Result] = []
+    for place, (device, own) in enumerate(by_device.items()):
+        reference = f"torch-{device}"
+        leg = Leg(
+            reference=None if reasons[reference] is not None else Choice(reference, FLOAT32, wanted.most_threads),
+            batch_sizes=wanted.batch_sizes or BATCH_SIZES[device],
+            wanted=wanted,
+            folder=folder,
+            progress=progress,
+            clock=Clock(began, wanted.time_limit_s, place, len(by_device)),
+        )
+        first, second = waves(own, wanted.most_threads)
+        looked = list(leg.looks(first, 0.0, LOOKS_SHARE / 2))
+        second, not_worth_it = worth_a_look(second, looked, wanted.most_threads)
+        looked += leg.looks(second, LOOKS_SHARE / 2, LOOKS_SHARE)
+        others = [choice for choice in (*first, *second) if choice != leg.reference]
+        left, out = chosen(others, looked, wanted, leg.clock.room)
+        runs += leg.full_runs(left)
+        looks += looked
+        skipped += [*out, *not_worth_it]
+    progress("done", 1.0)
+    if not runs:
+        told = "; ".join(f"{entry.what}: {entry.reason}" for entry in skipped)
+        raise BenchError(f"nothing could be measured: {told}", EXIT_NEGATIVE)
+    return Sweep(
+        schema_version=SWEEP_VERSION,
+        kind="sweep",
+        started_at=started_at,
+        finished_at=datetime.now(UTC),
+        command=wanted.command,
+        time_limit_s=wanted.time_limit_s,
+        bundle=runs[0].bundles[0].model_copy(update={"path": str(wanted.path)}),
+        input=wanted.bundle.manifest.input,
+        output=wanted.bundle.manifest.output,
+        preprocessing=wanted.bundle.manifest.preprocessing,
+        runs=tuple(runs),
+        looks=tuple(looks),
+        skipped=tuple(skipped),
+    )
+
+
+def sweep_exit_code(sweep: Sweep) -> int:
+    """0, or 1 when a float32 file is wrong, or something that was due could not be measured."""
+    failed = any(entry.failed for entry in sweep.skipped)
+    return EXIT_NEGATIVE if failed else max(exit_code(result) for result in sweep.runs)
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep in a file, or in the folder that holds it. Raises BenchError (bad input)."""
+    file = path / JSON_NAME if path.is_dir() else path
+    fields = read_fields(file)
+    if fields.get("kind") != "sweep":
+        kind = fields.get("kind", "result")
+        raise BenchError(
+            f"{file} is no sweep, but a {kind}. Name the file or the folder of bench sweep.", EXIT_BAD_INPUT
+        )
+    return sweep_of(fields, file)
+
+
+def sweep_of(fields: dict[str, Any], path: Path) -> Sweep:
+    """The sweep in what `bench.results.schema.read_fields` found at `path`. Raises BenchError (bad input)."""
+    return validated(Sweep, fields, SWEEP_VERSION, path)
