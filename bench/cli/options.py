@@ -20,9 +20,11 @@ from bench.errors import EXIT_USAGE, BenchError
 if TYPE_CHECKING:
     from bench.run.plan import Progress
 
+
 DEFAULT_BUNDLE = Path("artifacts/bundles/article")
 RESULTS = Path("artifacts/results")
 DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_THRESHOLD_PERCENT = 5.0
 
 BackendOption = Annotated[
     list[str] | None,
@@ -88,7 +90,7 @@ def shown_progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    from bench.report.terminal.run import console
+    from bench.report.terminal.console import console
 
     out = console(stderr=True)
     columns = (BarColumn(30), TimeElapsedColumn(), TextColumn("{task.description}"))

@@ -76,14 +76,15 @@ def sweep_command(
     Exit code 1 when a float32 file is wrong, or something that was due could not be measured.
     """
     check_judged(backend)
+    from bench.cli.exit_codes import sweep_exit_code
     from bench.machine.environment import usable_cpus
-    from bench.report.terminal.run import console
+    from bench.report.terminal.console import console
     from bench.report.terminal.sweep import print_sweep
-    from bench.results.schema import write_result
+    from bench.results.files import write_result
     from bench.run.plan import opened
     from bench.sweep.choices import Wanted
     from bench.sweep.folder import OPTION, SweepFolder
-    from bench.sweep.sweep import conduct, sweep_exit_code
+    from bench.sweep.sweep import conduct
 
     target = out or default_place(bundle, "-sweep")
     wanted = Wanted(
@@ -137,11 +138,11 @@ def recommend_command(
 
     Exit code 1 when nothing holds --max-p99-ms.
     """
-    from bench.report.terminal.run import console
+    from bench.report.terminal.console import console
     from bench.report.terminal.sweep import print_recommendation
-    from bench.results.schema import check_writable, write_result
+    from bench.results.files import check_writable, write_result
+    from bench.results.load import read_sweep
     from bench.sweep.recommend import recommend
-    from bench.sweep.sweep import read_sweep
 
     if json is not None:
         check_writable(json)

@@ -189,7 +189,7 @@ def _git_commit() -> str | None:
     """The commit of the checkout that this package runs from, with ``-dirty`` if files differ; None for an installed
     copy.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

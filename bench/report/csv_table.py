@@ -8,50 +8,18 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
-from bench.report import sentences as facts
-from bench.report.suite import bullets, one_line, parity_table, speed, table
-from bench.results.derive import TIMINGS
+from bench.report import sentences
 from bench.results.load import Source
 from bench.results.parity import ParityVerdict
+from bench.results.queries import finished_rows
 from bench.results.roofline import Point
 from bench.results.schema import Against, Result, Row, SubjectResult, find_ratio
-from bench.worker.clock import Timing
+from bench.results.terms import TIMINGS, Timing
 
 Cell = str | int | float | bool | None
 # What a spreadsheet would take for a formula, were it the first character of a text.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
-
-
-def markdown_page(sources: Sequence[Source]) -> str:
-    """Verdict, speed, parity and environment of every result."""
-    results = [result for source in sources for result in source.results]
-    left_out = tuple(chain.from_iterable(source.left_out for source in sources))
-    parts = [f"**{one_line(facts.fastest_words(results))}** {one_line(facts.verdict(results, left_out))}"]
-    for source in sources:
-        for name, result in zip(source.names, source.results, strict=True):
-            parts += _result(name, result)
-        if source.left_out:
-            parts.append(f"Not measured in {one_line(str(source.path))}:")
-            parts.append(bullets(facts.not_measured((), source.left_out)))
-    return "\n\n".join(parts) + "\n"
-
-
-def _result(name: str, result: Result) -> Iterator[str]:
-    bundles = ", ".join(bundle.name for bundle in result.bundles)
-    yield f"## {one_line(bundles)}: {one_line(name)}"
-    if result.command is not None:
-        yield f"    {' '.join(result.command.split())}"
-    yield bullets(facts.best(result))
-    if result.rows:
-        yield speed(result)
-    yield "### Parity with the float64 oracle"
-    yield parity_table(result)
-    yield "### Environment"
-    yield table(("what", ""), facts.machine([result]))
-    if absent := list(facts.not_measured([result], ())):
-        yield bullets(absent)
 
 
 def csv_table(sources: Sequence[Source]) -> str:
@@ -72,7 +40,7 @@ def csv_table(sources: Sequence[Source]) -> str:
 
 def _timed(result: Result) -> Iterator[tuple[SubjectResult, Row | None, Timing | None]]:
     for subject in result.subjects:
-        rows = [row for row in facts.finished_rows(result) if row.subject == subject.label]
+        rows = [row for row in finished_rows(result) if row.subject == subject.label]
         yield from ((subject, row, timing) for row in rows for timing in TIMINGS)
         if not rows:
             yield subject, None, None
@@ -102,7 +70,7 @@ def _conditions(name: str, result: Result, subject: SubjectResult) -> Iterator[t
     file, settings = subject.file, result.settings
     yield "result", name
     yield "started_at_utc", result.started_at.isoformat()
-    yield "machine", facts.machine_name(result)
+    yield "machine", sentences.machine_name(result)
     yield "commit", result.environment.git_commit
     yield "bundle", bundle.name
     yield "bundle_digest", bundle.digest

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.results.derive import CONTROL_SUFFIX, TIMINGS
 from bench.results.schema import Result, Row
-from bench.worker.clock import Timing
+from bench.results.terms import CONTROL_SUFFIX, TIMINGS, Timing
 
 # Okabe & Ito's palette, which people with any colour vision can tell apart, less its yellow: too pale on white. The
 # marker differs with the colour, so that a print in grey can be read too.

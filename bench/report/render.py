@@ -12,7 +12,8 @@ from rich.console import Console
 
 from bench.report.formats import ReportFormat
 from bench.report.suite import page
-from bench.report.terminal.run import MIN_WIDTH, console, print_run
+from bench.report.terminal.console import MIN_WIDTH, console
+from bench.report.terminal.run import print_run
 from bench.results.load import Source
 
 
@@ -26,7 +27,8 @@ def rendered(sources: Sequence[Source], chosen: ReportFormat) -> str:
         text = io.StringIO()
         print_sources(sources, Console(file=text, width=MIN_WIDTH, highlight=False))
         return text.getvalue()
-    from bench.report.csv_table import csv_table, markdown_page
+    from bench.report.csv_table import csv_table
+    from bench.report.markdown import markdown_page
 
     return markdown_page(sources) if chosen is ReportFormat.MARKDOWN else csv_table(sources)
 

@@ -8,70 +8,18 @@ measures nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from bench.machine.sensors import Reading
 from bench.report.wording import milliseconds, number, per_s, spread_words
-from bench.results.derive import TIMINGS
+from bench.results.queries import champion, right_rows, subject_of
 from bench.results.roofline import Survey
-from bench.results.schema import Result, Row, SubjectResult
-from bench.run.suite import LeftOut, leg_of
-from bench.worker.clock import Timing
+from bench.results.schema import Result, SubjectResult
+from bench.results.studies import LeftOut, suite_run_of
+from bench.results.terms import TIMINGS, Timing
 
 TIMING_WORDS: dict[Timing, str] = {"device_resident": "on the device", "end_to_end": "end to end"}
 # What a runtime says of itself in its settings and a reader wants to know of a machine.
 VERSIONS = ("torch", "cuda", "cudnn", "onnxruntime", "openvino")
-
-
-@dataclass(frozen=True)
-class Champion:
-    """The row with the highest throughput end to end, and the best of the other subjects of its result, if any."""
-
-    result: Result
-    row: Row
-    next: Row | None
-
-    @property
-    def shown(self) -> bool:
-        """Whether its interval lies above that of the next."""
-        if self.next is None:
-            return True
-        low = self.row.end_to_end_throughput_images_per_s.low
-        high = self.next.end_to_end_throughput_images_per_s.high
-        return low is not None and high is not None and low > high
-
-
-def finished_rows(result: Result) -> list[Row]:
-    """The rows of the subjects that finished."""
-    failed = {subject.label for subject in result.subjects if subject.failure is not None}
-    return [row for row in result.rows if row.subject not in failed]
-
-
-def tailed_rows(result: Result) -> list[Row]:
-    """The rows with a p99 end to end, less those of the backend that computes nothing: it would beat all others."""
-    computing = {subject.label for subject in result.subjects if subject.device != "none"}
-    rows = [row for row in finished_rows(result) if row.subject in computing]
-    return [row for row in rows if row.end_to_end_latency_ms.p99 is not None]
-
-
-def right_rows(result: Result) -> list[Row]:
-    """The rows that may be called the best: of subjects that finished, compute something, and are right."""
-    out = {s.label for s in result.subjects if s.device == "none" or (s.parity is not None and not s.parity.passed)}
-    return [row for row in finished_rows(result) if row.subject not in out]
-
-
-def champion(results: Iterable[Result]) -> Champion | None:
-    """The fastest of them all; None where nothing that is right was measured."""
-    right = [(row, result) for result in results for row in right_rows(result)]
-    if not right:
-        return None
-    row, result = max(right, key=lambda found: _images_per_s(found[0]))
-    others = (other for other in right_rows(result) if other.subject != row.subject)
-    return Champion(result, row, max(others, key=_images_per_s, default=None))
-
-
-def _images_per_s(row: Row) -> float:
-    return row.end_to_end_throughput_images_per_s.median
 
 
 def fastest_words(results: Sequence[Result]) -> str:
@@ -84,14 +32,9 @@ def fastest_words(results: Sequence[Result]) -> str:
     told = f"`{row.subject}`{file} is the fastest"
     if found.next is not None and not found.shown:
         told += f", but not shown to be faster than `{found.next.subject}` at batch {found.next.batch_size:,}"
-    where = "" if len(results) == 1 else f" ({leg_of(found.result).words}, {machine_name(found.result)})"
+    where = "" if len(results) == 1 else f" ({suite_run_of(found.result).words}, {machine_name(found.result)})"
     speed = spread_words(row.end_to_end_throughput_images_per_s)
     return f"{told}: {speed} images/s end to end, in batches of {row.batch_size:,}{where}."
-
-
-def subject_of(result: Result, label: str) -> SubjectResult:
-    """The subject of that name."""
-    return next(subject for subject in result.subjects if subject.label == label)
 
 
 def verdict(results: Sequence[Result], left_out: Sequence[LeftOut]) -> str:
@@ -112,7 +55,7 @@ def problems(results: Iterable[Result]) -> list[str]:
 
 def named(subject: SubjectResult, result: Result) -> str:
     """A subject with the run that it is of."""
-    return f"`{subject.label}` ({leg_of(result).words})"
+    return f"`{subject.label}` ({suite_run_of(result).words})"
 
 
 def best(result: Result) -> Iterator[str]:
@@ -208,7 +151,7 @@ def not_measured(results: Iterable[Result], left_out: Iterable[LeftOut]) -> Iter
         for skipped in result.skipped:
             by_reason.setdefault(skipped.reason, []).append(f"`{skipped.backend}`")
         for reason, backends in by_reason.items():
-            yield f"{', '.join(backends)} ({leg_of(result).words}): {reason}"
+            yield f"{', '.join(backends)} ({suite_run_of(result).words}): {reason}"
         for subject in result.subjects:
             if subject.failure is not None:
                 yield f"{named(subject, result)} {subject.failure.kind}: {subject.failure.message}"

@@ -11,23 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 from bench.errors import EXIT_BAD_INPUT, BenchError
-from bench.report import sentences as facts
+from bench.report import sentences
 from bench.report.png import draw_latency, draw_throughput
 from bench.report.wording import NOTHING, flips_words, milliseconds, number, ratio_words, rounds_words, spread_words
-from bench.results.derive import TIMINGS
+from bench.results.files import check_writable, write_result, write_whole
 from bench.results.parity import ParityVerdict
+from bench.results.queries import finished_rows
 from bench.results.roofline import Point
-from bench.results.schema import (
-    Percentiles,
-    Result,
-    Row,
-    SubjectResult,
-    check_writable,
-    find_ratio,
-    write_result,
-    write_whole,
-)
-from bench.run.suite import Leg, Suite, leg_of
+from bench.results.schema import Percentiles, Result, Row, SubjectResult, find_ratio
+from bench.results.studies import Suite, SuiteRun, suite_run_of
+from bench.results.terms import TIMINGS
 
 JSON_NAME, PAGE_NAME = "suite.json", "summary.md"
 OPTION = "--out"
@@ -49,7 +42,7 @@ def write_suite(suite: Suite, out: Path) -> None:
     write_result(suite, out / JSON_NAME, OPTION)
     try:
         for kind, draw in FIGURES.items():
-            draw(suite.runs[-1], out / _figure_name(kind, leg_of(suite.runs[-1])))
+            draw(suite.runs[-1], out / _figure_name(kind, suite_run_of(suite.runs[-1])))
     except OSError as error:
         raise BenchError(
             f"a figure can't be written to {out}: {error.strerror}. Name another place with {OPTION}.", EXIT_BAD_INPUT
@@ -61,25 +54,25 @@ def page(suite: Suite) -> str:
     """The whole page."""
     first = suite.runs[0]
     names = ", ".join(bundle.name for bundle in first.bundles)
-    best = bullets(f"{leg_of(result).words}, {line}" for result in suite.runs for line in facts.best(result))
-    parts = [f"# {one_line(names)} on {facts.machine_name(first)}, {suite.started_at:%Y-%m-%d}"]
-    parts += [f"**{facts.verdict(suite.runs, suite.left_out)}**", best, table(("what", ""), _facts(suite))]
+    best = bullets(f"{suite_run_of(result).words}, {line}" for result in suite.runs for line in sentences.best(result))
+    parts = [f"# {one_line(names)} on {sentences.machine_name(first)}, {suite.started_at:%Y-%m-%d}"]
+    parts += [f"**{sentences.verdict(suite.runs, suite.left_out)}**", best, table(("what", ""), _facts(suite))]
     for result in suite.runs:
         parts += _run(result, suite.raw_bytes_per_image)
     parts += ["## The machine, as `bench doctor` sees it", _findings(suite), "## Left out"]
-    parts += [bullets(facts.not_measured(suite.runs, suite.left_out)) or "Nothing."]
+    parts += [bullets(sentences.not_measured(suite.runs, suite.left_out)) or "Nothing."]
     return "\n\n".join(parts) + "\n"
 
 
 def _facts(suite: Suite) -> Iterator[tuple[str, str]]:
-    yield from facts.machine(suite.runs)
+    yield from sentences.machine(suite.runs)
     seconds = (suite.finished_at - suite.started_at).total_seconds()
     yield "when", f"{suite.started_at:%Y-%m-%d %H:%M} UTC, {seconds:.0f} s of at most about {suite.time_limit_s:g}"
 
 
 def _run(result: Result, raw_bytes_per_image: int) -> Iterator[str]:
     """A run: parity, speed, what folding is worth, where the time goes, what the machine did."""
-    settings, leg = result.settings, leg_of(result)
+    settings, leg = result.settings, suite_run_of(result)
     yield f"## {leg.words[0].upper()}{leg.words[1:]}"
     yield (
         f"Threads: {settings.threads}; interleaved rounds: {rounds_words(result)}, each with blocks of "
@@ -90,7 +83,7 @@ def _run(result: Result, raw_bytes_per_image: int) -> Iterator[str]:
     yield parity_table(result)
     yield "### Speed"
     yield speed(result)
-    peaks = [] if result.survey is None else list(facts.peaks(result.survey, raw_bytes_per_image))
+    peaks = [] if result.survey is None else list(sentences.peaks(result.survey, raw_bytes_per_image))
     yield bullets(peaks or ["the machine's peaks could not be measured, so no shares of them are known"])
     if controlled := [ratio for ratio in result.ratios if ratio.against == "control"]:
         yield "### Folded against unfolded: throughput, paired by round, with its 95 % interval"
@@ -104,7 +97,7 @@ def _run(result: Result, raw_bytes_per_image: int) -> Iterator[str]:
         ("backend", "file", "compute nodes by place", "evidence", "peak host MiB", "peak GPU MiB"),
         (_placement_cells(subject) for subject in result.subjects),
     )
-    yield bullets(facts.readings(result.readings))
+    yield bullets(sentences.readings(result.readings))
 
 
 def parity_table(result: Result) -> str:
@@ -128,7 +121,7 @@ def _parity_cells(subject: SubjectResult, parity: ParityVerdict) -> Iterator[str
 def speed(result: Result) -> str:
     """The table of the rows, each with its place under the roofline, and what its words mean."""
     points = {(point.subject, point.batch_size): point for point in result.roofline}
-    rows = facts.finished_rows(result)
+    rows = finished_rows(result)
     by_gpu = any(row.gpu_latency_p50_ms is not None for row in rows)
     energy = any(row.energy_per_image_j for row in rows)
     header = ["backend", "batch", "images/s, on the device", "images/s, end to end", "p50 / p99 ms, on the device"]
@@ -194,7 +187,7 @@ def _findings(suite: Suite) -> str:
     )
 
 
-def _figure_name(kind: str, leg: Leg) -> str:
+def _figure_name(kind: str, leg: SuiteRun) -> str:
     return f"{kind}-{leg.name}.png"
 
 

@@ -15,7 +15,7 @@ from bench.errors import EXIT_BAD_INPUT, BenchError
 from bench.machine.environment import fingerprint
 from bench.results.schema import Result
 from bench.results.statistics import MIN_ROUNDS_FOR_INTERVAL, MedianRatio, ratio_of_medians, shown_slower, throughput
-from bench.worker.clock import Timing
+from bench.results.terms import Timing
 
 Key = tuple[str, int, Timing]
 """Subject, batch size, timing."""

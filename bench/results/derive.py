@@ -19,23 +19,11 @@ from bench.results.statistics import (
     spread,
     throughput,
 )
-from bench.worker.clock import Timing
+from bench.results.terms import CONTROL_SUFFIX, LETTER_SIGN, TIMINGS, Timing, label_of
 
-TIMINGS: tuple[Timing, ...] = ("device_resident", "end_to_end")
-CONTROL_SUFFIX, LETTER_SIGN = ":unfolded", "@"
 CONFIRMED_ROUNDS = 20
 # NVIDIA's counter moves on some ten times a second: over so long a time it is right to a few percent.
 ENERGY_FROM_S = 2.0
-
-
-def label_of(backend: str, variant: str = "float32", threads: int | None = None, letter: str | None = None) -> str:
-    """What a subject is called: `threads` only where they are not the run's, `letter` only where there are bundles."""
-    return (
-        backend
-        + ("" if variant == "float32" else f":{variant}")
-        + ("" if threads is None else f"/{threads}")
-        + ("" if letter is None else LETTER_SIGN + letter)
-    )
 
 
 def derived(result: Result) -> Result:

@@ -6,31 +6,22 @@ Knows neither how the samples were taken nor how they are shown.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterable
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from bench.backends.contract import Device, Placement, Profile, Setting
-from bench.errors import EXIT_BAD_INPUT, BenchError
 from bench.machine.environment import Environment
 from bench.machine.sensors import Reading
-from bench.results.parity import ParityVerdict
+from bench.results.parity import Bisection, ParityVerdict
 from bench.results.roofline import Point, Survey
 from bench.results.statistics import PairedRatio, Spread
-from bench.worker.bisect import Bisection
-from bench.worker.clock import Timing
-from bench.worker.process import FailureKind
+from bench.results.terms import FailureKind, Timing
 from export.bundle import FoldReport
 
 SCHEMA_VERSION: Literal[2] = 2
-REMEDY = "Name a file that bench run (without --scenario) or bench ab wrote with --json."
-M = TypeVar("M", bound=BaseModel)
 
 
 class Frozen(BaseModel):
@@ -243,136 +234,3 @@ class Result(Frozen):
     roofline: tuple[Point, ...]
     ratios: tuple[Ratio, ...]
     command: str | None = None
-
-
-def check_writable(path: Path, option: str = "--json") -> None:
-    """Find out before anything is measured that a result can be written. Makes the folder. Raises BenchError (bad
-    input), which names the `option` that names another place.
-    """
-    target = path.resolve()  # the file that a link points to is replaced, not the link
-    if target.exists() and not target.is_file():
-        raise BenchError(
-            f"the result can't be written to {path}: it is not a regular file. Name another place with {option}.",
-            EXIT_BAD_INPUT,
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise BenchError(
-            f"the result can't be written to {path}: {error.strerror}. Name another place with {option}.",
-            EXIT_BAD_INPUT,
-        ) from None
-
-
-def write_result(result: BaseModel, path: Path, option: str = "--json") -> None:
-    """Write the JSON as `write_whole` does."""
-    write_whole(indented_json(json.loads(result.model_dump_json())) + "\n", path, option)
-
-
-def write_whole(content: str, path: Path, option: str) -> None:
-    """Write a text file: a reader sees the old one or the new one. Raises BenchError (bad input), the old one intact;
-    it names the `option` that names another place.
-    """
-    target = path.resolve()
-    scratch = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            scratch = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.chmod(0o666 & ~_umask())  # a temporary file is private; a result is like any other file
-        scratch.replace(target)
-    except OSError as error:
-        raise BenchError(
-            f"the result could not be written to {path}: {error.strerror}. What was there before is unchanged; name "
-            f"another place with {option}.",
-            EXIT_BAD_INPUT,
-        ) from None
-    finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
-
-
-def indented_json(value: Any, indent: str = "") -> str:
-    """The JSON of what `json.loads` returns, a line for each field, and one for a whole list of numbers: the durations
-    of a block are read together, and compared together.
-    """
-    deeper = indent + " "
-    if isinstance(value, dict) and value:
-        items = [f"{deeper}{_json(key)}: {indented_json(item, deeper)}" for key, item in value.items()]
-        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    if isinstance(value, list) and not all(isinstance(item, int | float) for item in value):
-        items = [deeper + indented_json(item, deeper) for item in value]
-        return "[\n" + ",\n".join(items) + f"\n{indent}]"
-    return _json(value)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def read_result(path: Path) -> Result:
-    """The result in a file. Raises BenchError (bad input) for one that is missing, cut off, no JSON, of another
-    version of the schema, or no result.
-    """
-    return result_of(read_fields(path), path)
-
-
-def result_of(fields: dict[str, Any], path: Path) -> Result:
-    """The result in what `read_fields` found at `path`. Raises BenchError (bad input), as `read_result` does."""
-    others = {
-        "scenario": "is what LoadGen found in a scenario: it has no rounds",
-        "suite": "is a suite of several runs: bench report shows it, but there is no one result in it",
-        "sweep": "is a sweep of several runs: bench recommend reads it, but there is no one result in it",
-    }
-    if (kind := fields.get("kind")) in others:
-        raise BenchError(f"{path} {others[kind]}. {REMEDY}", EXIT_BAD_INPUT)
-    return validated(Result, fields, SCHEMA_VERSION, path)
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a file that `write_result` wrote, of whatever kind. Raises BenchError (bad input) for another."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BenchError(f"no result can be read at {path}: {error.strerror}. {REMEDY}", EXIT_BAD_INPUT) from None
-    try:
-        fields = json.loads(content)
-    except ValueError as error:
-        raise BenchError(
-            f"{path} is not JSON, or only the beginning of it: {error}. {REMEDY}", EXIT_BAD_INPUT
-        ) from None
-    if not isinstance(fields, dict) or "schema_version" not in fields:
-        raise BenchError(f"{path} is JSON, but no result: it has no schema_version. {REMEDY}", EXIT_BAD_INPUT)
-    return fields
-
-
-def validated(model: type[M], fields: dict[str, Any], version: int, path: Path) -> M:
-    """What `read_fields` found in the file at `path`, as `model`. Raises BenchError (bad input)."""
-    if fields["schema_version"] != version:
-        raise BenchError(
-            f"{path} has schema version {fields['schema_version']!r}; this bench reads version {version}. "
-            "Measure again, or read the file with the ninefold that wrote it.",
-            EXIT_BAD_INPUT,
-        )
-    try:
-        # As JSON, not as Python's values: only there is a list a tuple, and a text a date.
-        return model.model_validate_json(json.dumps(fields))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise BenchError(
-            f"{path} is not a whole result: {field}: {first['msg']}. {REMEDY}",
-            EXIT_BAD_INPUT,
-        ) from None
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

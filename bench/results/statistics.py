@@ -19,8 +19,6 @@ RESAMPLES = 9_999
 # With n rounds the widest interval that any order statistics can give the median misses it with probability 2 · 0.5^n:
 # 6 % for five rounds, 3 % for six. Below six, 95 % can't be promised.
 MIN_ROUNDS_FOR_INTERVAL = 6
-
-
 # A median is known well enough when its interval reaches no further than this to either side.
 STABLE_WITHIN_PERCENT = 1.0
 # Twice the rounds should shrink an interval to 0.71 of its width; where it stays above this, more rounds don't help.

@@ -12,25 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.backends.contract import BACKENDS, Options, Placement, Setting
+from bench.backends.contract import BACKENDS, Placement, Setting
 from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, BenchError
 from bench.machine.environment import Environment, describe
-from bench.results.parity import ParityVerdict
+from bench.results.parity import Bisection, ParityVerdict
 from bench.results.schema import BundleFacts, Failure, FileFacts, Skipped, SubjectResult, WarmUpFacts
 from bench.run.plan import Plan, Progress, Subject, lettered, opened, select
-from bench.worker.bisect import Bisection
-from bench.worker.process import (
-    BadBundle,
-    Close,
-    Job,
-    Loaded,
-    Misplaced,
-    R,
-    Request,
-    Unavailable,
-    Worker,
-    WorkerFailure,
-)
+from bench.worker.messages import BadBundle, Close, Job, Loaded, Misplaced, Request, Unavailable
+from bench.worker.process import R, Worker, WorkerFailure
 
 STRAY_NODES_SHOWN = 5
 
@@ -107,18 +96,6 @@ def loaded(plan: Plan, progress: Progress) -> Iterator[Ready]:
         yield Ready(facts, environment, lanes, tuple(skipped))
 
 
-def availability(threads: int, timeout_s: float) -> dict[str, str | None]:
-    """Every backend's name with None where it can run here, else why it can't. Each has a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        jobs = [Job(name, reference, None, Options(threads)) for name, reference in BACKENDS.items()]
-        workers = [Worker(job, timeout_s, Path(folder)) for job in jobs]
-        try:
-            return {worker.job.label: _availability(worker) for worker in workers}
-        finally:
-            for worker in workers:
-                worker.kill()
-
-
 def subject_result(lane: Lane) -> SubjectResult:
     """What is known of a lane by now."""
     backend, entry = lane.subject.backend, lane.subject.entry
@@ -150,14 +127,6 @@ def subject_result(lane: Lane) -> SubjectResult:
         bisection=lane.bisection,
         failure=lane.failure,
     )
-
-
-def _availability(worker: Worker) -> str | None:
-    try:
-        reply = worker.receive()
-    except WorkerFailure as failure:
-        return f"{failure.kind} while it was tried: {failure}. {failure.trace[-500:]}".strip()
-    return reply.reason if isinstance(reply, Unavailable) else None
 
 
 @contextmanager

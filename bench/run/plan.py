@@ -14,8 +14,8 @@ from typing import Literal
 
 from bench.backends.contract import BACKENDS, Backend, Device, Options, Profile, file_of, find_backend
 from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
-from bench.results.derive import CONTROL_SUFFIX, label_of
 from bench.results.schema import Skipped
+from bench.results.terms import CONTROL_SUFFIX, label_of
 from export.bundle import FLOAT32, VARIANTS, Bundle, BundleError, FileEntry
 
 Progress = Callable[[str, float], None]

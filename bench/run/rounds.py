@@ -14,17 +14,17 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from bench.errors import EXIT_NEGATIVE
 from bench.machine import sensors
 from bench.machine.environment import cpu_busy_percent, load_1min
 from bench.results.derive import decided, enough, ratios, roofline, rows
-from bench.results.parity import ParityVerdict, judge, worst_images
-from bench.results.roofline import Survey, survey
+from bench.results.parity import Bisection, ParityVerdict, judge, worst_images
+from bench.results.roofline import Survey
 from bench.results.schema import SCHEMA_VERSION, Result, Sample, Settings, WarmUpFacts
 from bench.run.lanes import Lane, loaded, subject_result
 from bench.run.plan import Plan, Progress, Subject
-from bench.worker.bisect import Bisection, bisectable
-from bench.worker.process import Bisect, Evaluate, Evaluated, Measure, Measured, Prepare, Prepared
+from bench.worker.bisect import bisectable
+from bench.worker.messages import Bisect, Evaluate, Evaluated, Measure, Measured, Prepare, Prepared
+from bench.worker.peaks import survey
 from export.bundle import FLOAT32
 
 if TYPE_CHECKING:
@@ -83,12 +83,6 @@ def run(plan: Plan, progress: Progress) -> Result:
         ratios=ratios(samples, results),
         command=plan.command,
     )
-
-
-def exit_code(result: Result) -> int:
-    """0, or 1 when a parity failed or a backend did not finish."""
-    failed = any(subject.failure or (subject.parity and not subject.parity.passed) for subject in result.subjects)
-    return EXIT_NEGATIVE if failed else 0
 
 
 def _prove_and_measure(plan: Plan, lanes: list[Lane], deadline: float, progress: Progress) -> tuple[Sample, ...]:

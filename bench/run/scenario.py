@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
-from bench.backends.contract import Profile
-from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
-from bench.machine.environment import Environment, cpu_busy_percent, load_1min
-from bench.results.schema import BundleFacts, Frozen, Skipped, SubjectResult
+from bench.errors import EXIT_UNAVAILABLE, BenchError
+from bench.machine.environment import cpu_busy_percent, load_1min
+from bench.results.scenario import LoadGenLatency, LoadGenRun, ScenarioResult, ScenarioRow, ScenarioSettings
+from bench.results.terms import Scenario
 from bench.run.lanes import Lane, loaded, subject_result
 from bench.run.plan import Plan, Progress
 from bench.run.rounds import verdict_of
@@ -31,14 +30,14 @@ from bench.worker.loadgen import (
     SHORTEST_QUERY_S,
     Driven,
     Load,
-    Scenario,
     Summary,
     longest_s,
     read_outputs,
     read_summary,
     read_version,
 )
-from bench.worker.process import Drive, Measure, Measured, Prepare, Prepared, WorkerFailure
+from bench.worker.messages import Drive, Measure, Measured, Prepare, Prepared
+from bench.worker.process import WorkerFailure
 
 # The search for the highest rate ends when the rate that held and the one that didn't are this close.
 RATE_PRECISION = 1.05
@@ -61,83 +60,6 @@ class Wanted:
     min_duration_s: float
     images_per_call: int
     latency_bound_s: float | None
-
-
-class LoadGenLatency(Frozen):
-    """LoadGen's percentiles of the time from when a query was due to its answer, in ms."""
-
-    p50: float
-    p90: float
-    p99: float
-    p999: float
-
-
-class LoadGenRun(Frozen):
-    """A run of LoadGen that measured.
-
-    Attributes:
-        folder: its logs, relative to the folder of this file.
-        queries_per_s: the rate at which queries were due, in the server scenario; None elsewhere.
-        verdict, unmet: LoadGen's, and the constraints that it calls not satisfied.
-        images_per_s: what LoadGen calls completed, in offline and server; None elsewhere.
-        seconds: how long all of it took, LoadGen's own preparation included.
-    """
-
-    folder: str
-    queries_per_s: float | None
-    verdict: Literal["VALID", "INVALID"]
-    unmet: tuple[str, ...]
-    latency_ms: LoadGenLatency
-    images_per_s: float | None
-    queries: int
-    images: int
-    seconds: float
-
-
-class ScenarioRow(Frozen):
-    """A backend under the load. `subject.parity` judges the outputs that LoadGen's accuracy mode collected.
-
-    Attributes:
-        runs: all that measured, in their order; more than one in the server scenario only.
-        reported: the place in `runs` of the run that counts: of the highest rate that held, or of the lowest that was
-            tried where none did. None where no run came to its end.
-        missed_queries_per_s: the lowest rate above it that did not hold, in the server scenario; None elsewhere.
-    """
-
-    subject: SubjectResult
-    runs: tuple[LoadGenRun, ...]
-    reported: int | None
-    missed_queries_per_s: float | None
-
-
-class ScenarioSettings(Frozen):
-    """What was asked for. `batch_size` is the images of one call: those of a query, except in offline."""
-
-    scenario: Scenario
-    profile: Profile
-    threads: int
-    min_duration_s: float
-    batch_size: int
-    latency_bound_ms: float | None
-    timeout_s: float
-
-
-class ScenarioResult(Frozen):
-    """The whole file. It is no official MLPerf result: see `bench.report.terminal.run.print_scenario` for why."""
-
-    schema_version: Literal[1]
-    kind: Literal["scenario"]
-    official_mlperf_result: Literal[False]
-    loadgen_version: str | None
-    started_at: datetime
-    finished_at: datetime
-    load_1min_at_end: float | None
-    cpu_busy_percent_at_end: float
-    settings: ScenarioSettings
-    bundles: tuple[BundleFacts, ...]
-    environment: Environment
-    rows: tuple[ScenarioRow, ...]
-    skipped: tuple[Skipped, ...]
 
 
 def run_scenario(plan: Plan, wanted: Wanted, target: Path, progress: Progress) -> ScenarioResult:
@@ -195,17 +117,6 @@ def run_scenario(plan: Plan, wanted: Wanted, target: Path, progress: Progress) -
         rows=tuple(rows),
         skipped=ready.skipped,
     )
-
-
-def scenario_exit_code(result: ScenarioResult) -> int:
-    """0, or 1 when a parity failed, a backend did not finish, or LoadGen calls what counts INVALID."""
-    for row in result.rows:
-        parity = row.subject.parity
-        if row.subject.failure or (parity and not parity.passed):
-            return EXIT_NEGATIVE
-        if row.reported is None or row.runs[row.reported].verdict == "INVALID":
-            return EXIT_NEGATIVE
-    return 0
 
 
 def log_folder(target: Path) -> Path:

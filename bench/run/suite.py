@@ -14,18 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
 from bench.backends.contract import BACKENDS, Profile, find_backend
-from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
+from bench.errors import EXIT_UNAVAILABLE, BenchError
 from bench.machine import sensors
-from bench.machine.doctor import Finding, examine
-from bench.results.schema import Frozen, Result, validated
+from bench.machine.doctor import examine
+from bench.results.schema import Result
+from bench.results.studies import SUITE_VERSION, LeftOut, Suite, SuiteDevice, SuiteRun
 from bench.run.plan import Plan, Progress, opened, select
-from bench.run.rounds import exit_code, run
-
-SUITE_VERSION: Literal[1] = 1
-SuiteDevice = Literal["cuda", "cpu"]
+from bench.run.rounds import run
 
 # A call on the GPU gains from every image until thousands are in it; on a CPU the caches are full before that.
 BATCH_SIZES: dict[SuiteDevice, tuple[int, ...]] = {
@@ -42,30 +39,6 @@ FAST_ON_CPU = "the fast profile changes nothing there: TF32 is arithmetic of NVI
 NOT_REACHED = "the suite was ended before its turn came"
 
 
-class LeftOut(Frozen):
-    """Something that was not measured, and why. `failed`: it was to be, and could not."""
-
-    what: str
-    reason: str
-    failed: bool
-
-
-class Suite(Frozen):
-    """The whole file. `runs` are whole results, each with its raw samples; `raw_bytes_per_image` is what crosses to the
-    device at least for each image end to end.
-    """
-
-    schema_version: Literal[1]
-    kind: Literal["suite"]
-    started_at: datetime
-    finished_at: datetime
-    time_limit_s: float
-    raw_bytes_per_image: int
-    findings: tuple[Finding, ...]
-    runs: tuple[Result, ...]
-    left_out: tuple[LeftOut, ...]
-
-
 @dataclass(frozen=True)
 class Wanted:
     """What was asked for. No backends: all that are available. No batch sizes: those of each device."""
@@ -78,24 +51,6 @@ class Wanted:
     time_limit_s: float
     block_s: float
     timeout_s: float
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A run of the suite."""
-
-    profile: Profile
-    device: SuiteDevice
-
-    @property
-    def name(self) -> str:
-        """As in the name of a file."""
-        return f"{self.profile}-{self.device}"
-
-    @property
-    def words(self) -> str:
-        """As in a sentence."""
-        return f"profile {self.profile} on the {'GPU' if self.device == 'cuda' else 'CPU'}"
 
 
 Keep = Callable[[Suite], None]
@@ -117,7 +72,7 @@ def conduct(wanted: Wanted, keep: Keep, progress: Progress) -> Suite:
     findings = tuple(examine(wanted.threads))
     runs: list[Result] = []
 
-    def suite(pending: Sequence[Leg]) -> Suite:
+    def suite(pending: Sequence[SuiteRun]) -> Suite:
         reached = [LeftOut(what=leg.words, reason=NOT_REACHED, failed=True) for leg in pending]
         return Suite(
             schema_version=SUITE_VERSION,
@@ -147,10 +102,10 @@ def conduct(wanted: Wanted, keep: Keep, progress: Progress) -> Suite:
     return suite(())
 
 
-def chosen_legs(backends: Sequence[str], gpu: bool) -> list[Leg]:
+def chosen_legs(backends: Sequence[str], gpu: bool) -> list[SuiteRun]:
     """The runs that have something to measure, the most wanted first: a suite that is cut off keeps those."""
     devices = {find_backend(name).device for name in backends or BACKENDS}
-    legs = [Leg(Profile.STRICT, "cuda"), Leg(Profile.FAST, "cuda"), Leg(Profile.STRICT, "cpu")]
+    legs = [SuiteRun(Profile.STRICT, "cuda"), SuiteRun(Profile.FAST, "cuda"), SuiteRun(Profile.STRICT, "cpu")]
     # A GPU's backend that was named where there is no GPU is for `bench.run.rounds` to refuse.
     return [leg for leg in legs if leg.device in devices and (leg.device == "cpu" or gpu or backends)]
 
@@ -165,24 +120,7 @@ def absent(backends: Sequence[str], gpu: bool) -> list[LeftOut]:
     return found
 
 
-def suite_exit_code(suite: Suite) -> int:
-    """0, or 1 when a parity failed, a backend did not finish, or a whole run could not be made."""
-    failed = any(entry.failed for entry in suite.left_out)
-    return EXIT_NEGATIVE if failed else max(exit_code(result) for result in suite.runs)
-
-
-def suite_of(fields: dict[str, Any], path: Path) -> Suite:
-    """The suite in what `bench.results.schema.read_fields` found at `path`. Raises BenchError (bad input)."""
-    return validated(Suite, fields, SUITE_VERSION, path)
-
-
-def leg_of(result: Result) -> Leg:
-    """Which of the suite's runs made this result."""
-    on_gpu = any(subject.device == "cuda" for subject in result.subjects)
-    return Leg(result.settings.profile, "cuda" if on_gpu else "cpu")
-
-
-def _plan(wanted: Wanted, leg: Leg, seconds: float) -> Plan:
+def _plan(wanted: Wanted, leg: SuiteRun, seconds: float) -> Plan:
     return _with_control(
         Plan(
             bundles=(wanted.bundle,),
@@ -212,7 +150,7 @@ def _with_control(plan: Plan) -> Plan:
     return controlled
 
 
-def _part(progress: Progress, leg: Leg, legs: Sequence[Leg]) -> Progress:
+def _part(progress: Progress, leg: SuiteRun, legs: Sequence[SuiteRun]) -> Progress:
     """The progress of one run as that of the whole suite."""
     total = sum(SHARES[other.device] for other in legs)
     before = sum(SHARES[other.device] for other in legs[: legs.index(leg)])

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from bench.backends.contract import BACKENDS, Options, Profile, file_of, find_backend
 from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, BenchError
-from bench.results.derive import label_of
 from bench.results.schema import Result, SubjectResult
+from bench.results.studies import LeftOut
+from bench.results.terms import label_of
 from bench.run.plan import Choice, check_variants
-from bench.run.suite import LeftOut
 from bench.sweep.contenders import MARGIN, chances, contenders
 from export.bundle import FLOAT32, VARIANTS, Bundle, precision_of
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.report.sentences import right_rows, subject_of
-from bench.results.derive import label_of
+from bench.results.queries import right_rows, subject_of
 from bench.results.schema import Result, Row, SubjectResult, find_ratio
+from bench.results.terms import label_of
 
 # How far behind the best a look may see somebody who is as good. In 108 looks cut out of docs/results/bench-cpu.json
 # (each choice and batch size, any three rounds in a row, the first 20 ms of each block), a ratio to the reference was

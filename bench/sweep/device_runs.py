@@ -61,7 +61,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Leg:
+class DeviceRuns:
     """The runs on one device: a ratio is formed on one device only. The reference is in all of them, unless it can't
     run here.
     """

@@ -18,10 +18,13 @@ from pathlib import Path
 
 from bench.errors import EXIT_BAD_INPUT, BenchError
 from bench.machine.environment import describe, fingerprint, installed
-from bench.results.schema import Result, check_writable, read_fields, read_result, write_result
+from bench.results.files import check_writable, write_result
+from bench.results.load import read_fields, read_result
+from bench.results.schema import Result
+from bench.results.studies import SWEEP_FILE
 from bench.run.plan import Plan
 
-JSON_NAME, OPTION = "sweep.json", "--out"
+OPTION = "--out"
 RUN_PATTERN = "run-*.json"
 # All that a run's figures depend on.
 LIBRARIES = ("ninefold", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
@@ -35,7 +38,7 @@ class SweepFolder:
         another bundle left.
         """
         self.path = path
-        self.json = path / JSON_NAME
+        self.json = path / SWEEP_FILE
         self._digest = digest
         check_writable(self.json, OPTION)
         for file in self._files():

@@ -10,73 +10,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Literal
 
-from bench.backends.contract import Device
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
-from bench.report.sentences import right_rows, subject_of
-from bench.report.wording import milliseconds
 from bench.results.parity import ParityVerdict
-from bench.results.schema import BundleFacts, FileFacts, Frozen, Percentiles, Result, Row, SubjectResult, find_ratio
-from bench.results.statistics import PairedRatio, Spread
+from bench.results.queries import right_rows, subject_of
+from bench.results.schema import FileFacts, Result, Row, SubjectResult, find_ratio
+from bench.results.studies import RECOMMENDATION_VERSION, Candidate, Pick, Recommendation, Sweep
 from bench.sweep.contenders import exact, memory_bytes
 from bench.sweep.program import Runnable, snippet
-from bench.sweep.sweep import Sweep
 from export.bundle import FLOAT32, TensorSpec, takes_raw
 
-RECOMMENDATION_VERSION: Literal[1] = 1
 # Two starts of the same process differ by some MB: what is not more apart is no reason to recommend anything.
 MEMORY_STEP_BYTES = 10 * 2**20
-
-
-class Candidate(Frozen):
-    """A file on a runtime, with so many threads, in batches of that size.
-
-    `times_torch` is the throughput over the eager reference's with all threads, on the same device and in the same
-    rounds; None for the reference itself. `exact`: it says of every image what the oracle says. `memory_bytes` is what
-    its process held at most, host and GPU together.
-    """
-
-    label: str
-    backend: str
-    variant: str
-    threads: int
-    batch_size: int
-    device: Device
-    file: str
-    file_bytes: int
-    throughput_images_per_s: Spread
-    latency_ms: Percentiles
-    times_torch: PairedRatio | None
-    top1_percent: float | None
-    flips: int | None
-    exact: bool
-    memory_bytes: int
-
-
-class Pick(Frozen):
-    """The best in one respect. `command` measures it again; `program` runs that very file, without ninefold."""
-
-    respect: str
-    candidate: Candidate
-    command: str
-    program: str
-
-
-class Recommendation(Frozen):
-    """The whole file. `front` is every candidate that none other beats in throughput, p99, top-1, file size and memory
-    at once; `lacking` says which respects nobody is the best in.
-    """
-
-    schema_version: Literal[1]
-    kind: Literal["recommendation"]
-    bundle: BundleFacts
-    max_p99_ms: float | None
-    batch_size: int | None
-    candidates: int
-    front: tuple[Candidate, ...]
-    picks: tuple[Pick, ...]
-    lacking: tuple[str, ...]
 
 
 def recommend(sweep: Sweep, max_p99_ms: float | None, batch_size: int | None) -> Recommendation:
@@ -212,8 +157,7 @@ def fastest_under(found: Sequence[Candidate], max_p99_ms: float) -> Candidate:
             "no p99 is known: too few calls were made"
             if nearest is None
             else (
-                f"the lowest p99 is {milliseconds(nearest.latency_ms.p99)} ms, of {nearest.label} at batch "
-                f"{nearest.batch_size}"
+                f"the lowest p99 is {nearest.latency_ms.p99:,.4g} ms, of {nearest.label} at batch {nearest.batch_size}"
             )
         )
         raise BenchError(f"nothing in this sweep has a p99 of at most {max_p99_ms:g} ms; {told}.", EXIT_NEGATIVE)

@@ -19,45 +19,20 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal
 
 from bench.backends.contract import Device, find_backend
-from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, BenchError
-from bench.results.schema import BundleFacts, Frozen, Result, read_fields, validated
-from bench.run.lanes import availability
+from bench.errors import EXIT_NEGATIVE, BenchError
+from bench.results.schema import Result
+from bench.results.studies import SWEEP_VERSION, Sweep
+from bench.run.availability import availability
 from bench.run.plan import Choice, Progress
-from bench.run.rounds import exit_code
-from bench.run.suite import LeftOut
 from bench.sweep.choices import Wanted, chosen, offered, waves, worth_a_look
-from bench.sweep.device_runs import LOOKS_SHARE, Clock, Leg
-from bench.sweep.folder import JSON_NAME, SweepFolder
-from export.bundle import FLOAT32, Preprocessing, TensorSpec
+from bench.sweep.device_runs import LOOKS_SHARE, Clock, DeviceRuns
+from bench.sweep.folder import SweepFolder
+from export.bundle import FLOAT32
 
-SWEEP_VERSION: Literal[1] = 1
 # As the suite's, less what a sweep of so many choices has no time for.
 BATCH_SIZES: dict[Device, tuple[int, ...]] = {"cpu": (1, 8, 64, 256), "cuda": (1, 8, 64, 256, 1024)}
-
-
-class Sweep(Frozen):
-    """The whole file. `runs` are the full ones, `looks` the short ones that chose who is in those; all with their raw
-    samples. `skipped` is everything that is not in `runs`, and why. `input`, `output` and `preprocessing` are the
-    bundle's: what is needed to use a file of it.
-    """
-
-    schema_version: Literal[1]
-    kind: Literal["sweep"]
-    started_at: datetime
-    finished_at: datetime
-    command: str
-    time_limit_s: float
-    bundle: BundleFacts
-    input: TensorSpec
-    output: TensorSpec
-    preprocessing: Preprocessing
-    runs: tuple[Result, ...]
-    looks: tuple[Result, ...]
-    skipped: tuple[LeftOut, ...]
 
 
 def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
@@ -79,7 +54,7 @@ def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
     runs: list[Result] = []
     for place, (device, own) in enumerate(by_device.items()):
         reference = f"torch-{device}"
-        leg = Leg(
+        leg = DeviceRuns(
             reference=None if reasons[reference] is not None else Choice(reference, FLOAT32, wanted.most_threads),
             batch_sizes=wanted.batch_sizes or BATCH_SIZES[device],
             wanted=wanted,
@@ -115,26 +90,3 @@ def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
         looks=tuple(looks),
         skipped=tuple(skipped),
     )
-
-
-def sweep_exit_code(sweep: Sweep) -> int:
-    """0, or 1 when a float32 file is wrong, or something that was due could not be measured."""
-    failed = any(entry.failed for entry in sweep.skipped)
-    return EXIT_NEGATIVE if failed else max(exit_code(result) for result in sweep.runs)
-
-
-def read_sweep(path: Path) -> Sweep:
-    """The sweep in a file, or in the folder that holds it. Raises BenchError (bad input)."""
-    file = path / JSON_NAME if path.is_dir() else path
-    fields = read_fields(file)
-    if fields.get("kind") != "sweep":
-        kind = fields.get("kind", "result")
-        raise BenchError(
-            f"{file} is no sweep, but a {kind}. Name the file or the folder of bench sweep.", EXIT_BAD_INPUT
-        )
-    return sweep_of(fields, file)
-
-
-def sweep_of(fields: dict[str, Any], path: Path) -> Sweep:
-    """The sweep in what `bench.results.schema.read_fields` found at `path`. Raises BenchError (bad input)."""
-    return validated(Sweep, fields, SWEEP_VERSION, path)

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
+from bench.results.studies import Candidate, Recommendation, Sweep
 from bench.sweep.program import runtime_of
-from bench.sweep.recommend import Candidate, Recommendation, candidates, fastest, fastest_under, input_of
-from bench.sweep.sweep import Sweep
+from bench.sweep.recommend import candidates, fastest, fastest_under, input_of
 from export.bundle import Bundle, BundleError, FileEntry, TensorSpec
 
 CONFIG_NAME, VERSION = "config.pbtxt", "1"

@@ -13,10 +13,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-Timing = Literal["device_resident", "end_to_end"]
-"""`device_resident` times `run` on an input that is on the device; `end_to_end` times `prepare`, `run` and `fetch`."""
+from bench.results.terms import Timing
 
 GpuClock = Callable[[Callable[[], object]], "int | None"]
 """See `bench.backends.contract.Session.gpu_ns`."""

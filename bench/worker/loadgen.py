@@ -15,9 +15,10 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench.results.terms import Scenario
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +30,6 @@ SEEDS = {
     "sample_index_rng_seed": 2747215439041700203,
     "schedule_rng_seed": 16159082839903944936,
 }
-OFFICIAL_MIN_DURATION_S = 600.0
 # So many queries let a 99th percentile hold with LoadGen's confidence of 99 %, one outlier discarded.
 P99_MIN_QUERIES = 662
 OFFLINE_MIN_IMAGES = 24_576
@@ -38,19 +38,6 @@ OFFLINE_MIN_IMAGES = 24_576
 SHORTEST_QUERY_S, SHORTEST_IMAGE_S = 1e-5, 2e-6
 # A server run that is this much behind its schedule has long broken any bound; the backlog need not be worked off.
 SERVER_OVERRUN = 1.5
-
-
-class Scenario(StrEnum):
-    """How queries arrive."""
-
-    SINGLE_STREAM = "single-stream"
-    """One image at a time, the next when the last is done."""
-    MULTI_STREAM = "multi-stream"
-    """Several images at a time, the next when the last are done."""
-    OFFLINE = "offline"
-    """All images at once."""
-    SERVER = "server"
-    """One image at a time, at random moments (a Poisson process)."""
 
 
 @dataclass(frozen=True)

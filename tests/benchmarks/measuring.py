@@ -38,12 +38,13 @@ from bench.backends.contract import BACKENDS, Options, Profile, Session, resolve
 from bench.report.wording import ratio_words
 from bench.results.derive import slower
 from bench.results.schema import Result
+from bench.results.terms import Scenario
 from bench.run.lanes import loaded
 from bench.run.plan import Plan
 from bench.run.rounds import run
 from bench.worker.clock import timed_block, wait_until_quiet
-from bench.worker.loadgen import Driven, Load, Scenario, read_summary
-from bench.worker.process import Drive, Measure, Measured, Prepare, Prepared
+from bench.worker.loadgen import Driven, Load, read_summary
+from bench.worker.messages import Drive, Measure, Measured, Prepare, Prepared
 from export.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]

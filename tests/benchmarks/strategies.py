@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from bench.backends.contract import Profile
-from bench.results.derive import CONTROL_SUFFIX, label_of
 from bench.results.schema import Result
 from bench.results.statistics import throughput
+from bench.results.terms import CONTROL_SUFFIX, label_of
 from bench.run.plan import Plan
 from bench.run.rounds import run
 from export.bundle import Manifest

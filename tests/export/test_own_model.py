@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from bench.backends.contract import Profile
+from bench.cli.exit_codes import exit_code
 from bench.results.schema import Result
 from bench.run.plan import Plan
-from bench.run.rounds import exit_code
 from bench.run.rounds import run as run_plan
 from export.build import build
 from export.bundle import Bundle, BundleError

@@ -10,12 +10,12 @@ from typing import Any
 
 from bundles import tamper
 
-from bench.results.derive import label_of
 from bench.results.parity import Flip
 from bench.results.schema import BundleFacts, Failure, FileFacts, Percentiles, Ratio, Result, Row
 from bench.results.statistics import PairedRatio, Spread
+from bench.results.studies import Sweep
+from bench.results.terms import label_of
 from bench.run.plan import Choice, Plan
-from bench.sweep.sweep import Sweep
 from export.bundle import Bundle
 
 MB = 10**6
@@ -149,7 +149,7 @@ def with_variants(bundle: Path, copy: Path, variants: Sequence[str]) -> Path:
 
 
 class Machine:
-    """Takes the place of `bench.run.rounds.run`: finds what `world` says, or raises what `errors` says for that turn."""
+    """Takes the place of `bench.run.rounds.run`: finds what `world` says, or raises what `errors` says for a turn."""
 
     def __init__(self, template: Result, bundle: Bundle) -> None:
         self.template, self.bundle = template, bundle

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import chain
 
-from bench.report import sentences as facts
+from bench.report import sentences
 from bench.report.html.markup import Html, element, prose
 from bench.report.html.plot import shapes
 from bench.report.html.sections import panel, status
@@ -32,6 +32,7 @@ from bench.report.html.tables import Line, table
 from bench.report.png import COLOURS
 from bench.report.wording import NOTHING, spread_words
 from bench.results.load import Source
+from bench.results.queries import champion
 from bench.results.schema import Result
 
 # Black on a dark page would be invisible.
@@ -48,7 +49,7 @@ def html_page(sources: Sequence[Source]) -> str:
     head = element(
         "header",
         element("h1", title),
-        element("p", prose(facts.fastest_words(results)), class_="lead"),
+        element("p", prose(sentences.fastest_words(results)), class_="lead"),
         status(results, left_out),
     )
     script = _asset("script.js")
@@ -69,7 +70,7 @@ def _entries(source: Source) -> Iterator[tuple[str, Result, Source]]:
 
 def _title(results: Sequence[Result]) -> str:
     names = dict.fromkeys(bundle.name for result in results for bundle in result.bundles)
-    machines = dict.fromkeys(map(facts.machine_name, results))
+    machines = dict.fromkeys(map(sentences.machine_name, results))
     return f"{', '.join(names)} on {', '.join(machines)}"
 
 
@@ -107,9 +108,9 @@ def _several(entries: Sequence[tuple[str, Result, Source]]) -> Html:
 
 
 def _overview(place: int, name: str, result: Result) -> tuple[Html | str, ...]:
-    bad = facts.problems([result])
+    bad = sentences.problems([result])
     verdict = element("span", "fails" if bad else "holds", class_="bad" if bad else "good")
-    found = facts.champion([result])
+    found = champion([result])
     label, batch_size, speed = NOTHING, NOTHING, NOTHING
     if found is not None:
         label, batch_size = found.row.subject, f"{found.row.batch_size:,}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from bench.machine.environment import BUSY_PERCENT
-from bench.report import sentences as facts
+from bench.report import sentences
 from bench.report.html import figures, tables
 from bench.report.html.figures import looks
 from bench.report.html.markup import Child, Html, element, join, prose
@@ -17,8 +17,9 @@ from bench.report.html.plot import swatch
 from bench.report.wording import rounds_words
 from bench.results.load import Source
 from bench.results.parity import Flip, ParityVerdict
+from bench.results.queries import finished_rows
 from bench.results.schema import BundleFacts, Result, SubjectResult
-from bench.run.suite import LeftOut
+from bench.results.studies import LeftOut
 
 # Each is a picture of a few hundred bytes. Of what failed by more, a few dozen show enough.
 PICTURES_SHOWN = 24
@@ -52,7 +53,7 @@ def _head(name: str, result: Result) -> Html:
     bundles = ", ".join(bundle.name for bundle in result.bundles)
     settings = result.settings
     conditions = (
-        f"{facts.machine_name(result)} · profile {settings.profile} · {settings.threads} threads · "
+        f"{sentences.machine_name(result)} · profile {settings.profile} · {settings.threads} threads · "
         f"{rounds_words(result)} interleaved rounds of {settings.block_s * 1000:g} ms · "
         f"{result.started_at:%Y-%m-%d %H:%M} UTC"
     )
@@ -62,7 +63,7 @@ def _head(name: str, result: Result) -> Html:
         element("p", conditions, class_="note"),
         element("p", name, class_="note path"),
         status([result], ()),
-        _bullets(facts.best(result)),
+        _bullets(sentences.best(result)),
         element("p", _disturbances(result), class_="warning") if any(_disturbances(result)) else (),
         command_line(result),
     )
@@ -70,9 +71,9 @@ def _head(name: str, result: Result) -> Html:
 
 def status(results: Sequence[Result], left_out: Sequence[LeftOut]) -> Html:
     """Whether all is well."""
-    bad = facts.problems(results) or any(entry.failed for entry in left_out)
+    bad = sentences.problems(results) or any(entry.failed for entry in left_out)
     sign = element("span", "✗" if bad else "✓", class_="sign", aria_hidden="true")
-    words = element("span", prose(facts.verdict(results, left_out)))
+    words = element("span", prose(sentences.verdict(results, left_out)))
     return element("p", sign, words, class_=f"status {'bad' if bad else 'good'}")
 
 
@@ -86,7 +87,7 @@ def _disturbances(result: Result) -> Iterator[str]:
 
 def _filters(result: Result) -> Html:
     """What is shown: the batch sizes and the backends, each to be switched off. The backends are the legend too."""
-    sizes = sorted({row.batch_size for row in facts.finished_rows(result)})
+    sizes = sorted({row.batch_size for row in finished_rows(result)})
     if not sizes:
         return NONE
     batches = [
@@ -110,7 +111,7 @@ def _filters(result: Result) -> Html:
 
 
 def _throughput(result: Result, prefix: str) -> Html:
-    if not facts.finished_rows(result):
+    if not finished_rows(result):
         return NONE
     id_ = f"{prefix}throughput"
     charts = element("div", figures.throughput(result, id_), class_="charts")
@@ -123,7 +124,7 @@ def _throughput(result: Result, prefix: str) -> Html:
 
 
 def _latency(result: Result, prefix: str) -> Html:
-    if not facts.finished_rows(result):
+    if not finished_rows(result):
         return NONE
     id_ = f"{prefix}latency"
     charts = element("div", figures.latency(result, id_), class_="charts")
@@ -132,7 +133,7 @@ def _latency(result: Result, prefix: str) -> Html:
 
 
 def _trade_off(result: Result, prefix: str) -> Html:
-    if not facts.finished_rows(result):
+    if not finished_rows(result):
         return NONE
     id_ = f"{prefix}pareto"
     chart = figures.pareto(result, id_)
@@ -255,26 +256,26 @@ def _roofline(result: Result, prefix: str) -> Html:
     if result.survey is None or not charts:
         return _section("Roofline", "The machine's peaks were not measured, so no shares of them are known.")
     words = "How near each row comes to what one matrix product and one copy reach on this machine."
-    peaks = _bullets(facts.peaks(result.survey, None))
+    peaks = _bullets(sentences.peaks(result.survey, None))
     return _section("Roofline", words, element("div", charts, class_="charts"), tables.roofline(result, id_), peaks)
 
 
 def _environment(result: Result, source: Source, prefix: str) -> Html:
     settings = result.settings
-    pairs = list(facts.machine([result]))
+    pairs = list(sentences.machine([result]))
     pairs.append(("batch sizes", ", ".join(f"{size:,}" for size in settings.batch_sizes)))
     busy = (
         f"{result.environment.cpu_busy_percent:.0f} % of the CPUs before, {result.cpu_busy_percent_at_end:.0f} % after"
     )
     pairs.append(("other processes", busy))
     pairs += [(f"bundle at{'' if b.letter is None else f' {b.letter}'}", b.path) for b in result.bundles]
-    absent = list(facts.not_measured([result], source.left_out))
+    absent = list(sentences.not_measured([result], source.left_out))
     findings = [] if source.suite is None else source.suite.findings
     return _section(
         "Environment",
         "",
         element("dl", ((element("dt", name), element("dd", value)) for name, value in pairs), class_="facts"),
-        _bullets(facts.readings(result.readings)),
+        _bullets(sentences.readings(result.readings)),
         tables.placement(result, f"{prefix}placement"),
         (element("h4", "As bench doctor saw it"), tables.findings(findings, f"{prefix}doctor")) if findings else (),
         (element("h4", "Not measured"), _bullets(absent)) if absent else (),

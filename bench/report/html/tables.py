@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.machine.doctor import Finding
+from bench.machine.findings import Finding
 from bench.report.html.figures import finished_points, looks, ranges
 from bench.report.html.markup import Child, Html, element
 from bench.report.html.plot import swatch
-from bench.report.sentences import TIMING_WORDS, finished_rows, right_rows, tailed_rows
+from bench.report.sentences import TIMING_WORDS
 from bench.report.wording import NOTHING, flips_words, milliseconds, number, ratio_words, spread_words
-from bench.results.derive import TIMINGS
 from bench.results.parity import ParityVerdict
+from bench.results.queries import finished_rows, right_rows, tailed_rows
 from bench.results.schema import Against, BundleFacts, Percentiles, Result, Row, SubjectResult, find_ratio
+from bench.results.terms import TIMINGS
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from bench.report.terminal.run import print_run
 from bench.report.wording import milliseconds, number, ratio_words, spread_words
-from bench.sweep.recommend import Candidate, Pick, Recommendation
-from bench.sweep.sweep import Sweep
+from bench.results.studies import Candidate, Pick, Recommendation, Sweep
 
 
 def print_sweep(sweep: Sweep, out: Console) -> None:

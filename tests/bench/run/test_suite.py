@@ -16,32 +16,23 @@ import pytest
 
 import bench.run.suite
 from bench.backends.contract import Profile
+from bench.cli.exit_codes import suite_exit_code
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
-from bench.machine.doctor import Finding, Severity
+from bench.machine.findings import Finding, Severity
 from bench.report.png import COLOURS, _style, draw_latency, draw_throughput
 from bench.report.suite import JSON_NAME, PAGE_NAME, page, write_suite
-from bench.results.load import results_in
+from bench.results.files import write_result
+from bench.results.load import read_fields, read_result, results_in, suite_of
 from bench.results.roofline import Peak, Survey, Work
-from bench.results.schema import Failure, Result, read_fields, read_result, write_result
+from bench.results.schema import Failure, Result
+from bench.results.studies import LeftOut, Suite, SuiteRun
 from bench.run.plan import Plan
-from bench.run.suite import (
-    CONTROLLED,
-    NOT_REACHED,
-    LeftOut,
-    Leg,
-    Suite,
-    Wanted,
-    absent,
-    chosen_legs,
-    conduct,
-    suite_exit_code,
-    suite_of,
-)
+from bench.run.suite import CONTROLLED, NOT_REACHED, Wanted, absent, chosen_legs, conduct
 
-ROOT = Path(__file__).parents[2]
-STRICT_GPU, FAST_GPU = Leg(Profile.STRICT, "cuda"), Leg(Profile.FAST, "cuda")
-STRICT_CPU = Leg(Profile.STRICT, "cpu")
+ROOT = Path(__file__).parents[3]
+STRICT_GPU, FAST_GPU = SuiteRun(Profile.STRICT, "cuda"), SuiteRun(Profile.FAST, "cuda")
+STRICT_CPU = SuiteRun(Profile.STRICT, "cpu")
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -130,7 +121,7 @@ def test_help_imports_no_runtime() -> None:
         (("onnx-cuda",), False, [STRICT_GPU, FAST_GPU]),
     ],
 )
-def test_which_runs_there_are(backends: tuple[str, ...], gpu: bool, legs: list[Leg]) -> None:
+def test_which_runs_there_are(backends: tuple[str, ...], gpu: bool, legs: list[SuiteRun]) -> None:
     assert chosen_legs(backends, gpu) == legs
 
 

@@ -14,7 +14,8 @@ import pytest
 from bench.backends.contract import BACKENDS, Options, Profile, file_of, find_backend
 from bench.backends.openvino import configuration, placement_of, read_placement
 from bench.worker.clock import QUIET_LIMIT_S, wait_until_quiet
-from bench.worker.process import Evaluate, Evaluated, Job, Loaded, Worker
+from bench.worker.messages import Evaluate, Evaluated, Job, Loaded
+from bench.worker.process import Worker
 from export.bundle import Bundle
 
 openvino = pytest.importorskip("openvino")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench.errors import EXIT_BAD_INPUT, BenchError
-from bench.results.schema import SCHEMA_VERSION, Result, check_writable, indented_json, read_result, write_result
+from bench.results.files import check_writable, indented_json, write_result
+from bench.results.load import read_result
+from bench.results.schema import SCHEMA_VERSION, Result
 
 UNITS = (
     "seconds",

@@ -8,7 +8,8 @@ import pytest
 
 from bench.backends.contract import Profile
 from bench.backends.torch_program import read_program
-from bench.results.roofline import Peak, Work, count, launch_seconds, locate, survey
+from bench.results.roofline import Peak, Work, launch_seconds, locate
+from bench.worker.peaks import count, survey
 from export.bundle import Bundle
 
 WORK = Work(flops_per_image=2e6, activation_bytes_per_image=1e5, weight_bytes=1e6)

@@ -13,7 +13,8 @@ import pytest
 from bench.errors import BenchError
 from bench.machine.environment import Environment, Gpu, fingerprint
 from bench.results.compare import compare, machine_differences, regressions
-from bench.results.schema import Failure, Result, write_result
+from bench.results.files import write_result
+from bench.results.schema import Failure, Result
 
 LABELS = ("onnx-cpu", "onnx-cpu:unfolded", "null")
 

@@ -26,16 +26,16 @@ import bench.worker.bisect
 from bench.backends.contract import Options, Profile, Session, find_backend
 from bench.cli.main import app
 from bench.errors import BenchError
-from bench.report.terminal.run import FLIPS_SHOWN
-from bench.results.parity import McNemar, ParityVerdict, worst_images
+from bench.report.terminal.parity import FLIPS_SHOWN
+from bench.results.parity import Bisection, McNemar, ParityVerdict, worst_images
 from bench.run.plan import Plan
 from bench.run.rounds import BISECTED_IMAGES, run
-from bench.worker.bisect import Bisection, bisect
+from bench.worker.bisect import bisect
 from export.bundle import Bundle
 from export.formats import torchscript
 from trainer.model import Net
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OPTIONS = Options(threads=1)
 Weights = dict[str, np.ndarray]
 Change = Callable[[onnx.GraphProto, Weights], None]

@@ -12,16 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.machine import doctor
+from bench.machine import doctor, installed
 from bench.machine.doctor import (
     DRIVER_LIBRARY,
-    Broken,
-    Distribution,
-    Finding,
     GpuPower,
-    OnnxRuntime,
-    Severity,
-    Torch,
     check_cpus,
     check_governors,
     check_libraries,
@@ -31,6 +25,8 @@ from bench.machine.doctor import (
     check_torch,
     check_versions,
 )
+from bench.machine.findings import Finding, Severity
+from bench.machine.installed import Broken, Distribution, OnnxRuntime, Torch
 
 OK, WARNING, ERROR = Severity.OK, Severity.WARNING, Severity.ERROR
 TORCH = Torch("2.14", "13.0", 9)
@@ -107,7 +103,7 @@ def test_the_imported_onnxruntime(found: OnnxRuntime | Broken, gpu: bool, want: 
     assert word in finding.seen
 
 
-def installed(folder: Path, name: str, files: list[str] | None) -> None:
+def install(folder: Path, name: str, files: list[str] | None) -> None:
     """A distribution as pip leaves it: the record lists its files; None for one without a record."""
     info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
@@ -122,14 +118,14 @@ def installed(folder: Path, name: str, files: list[str] | None) -> None:
 def test_whose_file_it_is(tmp_path: Path) -> None:
     """Told by the records, the file's place and nothing else; its relatives with folders of their own don't count."""
     site, user = tmp_path / "site", tmp_path / "user"
-    installed(site, "onnxruntime", ["onnxruntime/__init__.py"])
-    installed(site, "onnxruntime-gpu", ["onnxruntime/__init__.py", "onnxruntime/capi.so"])
-    installed(site, "onnxruntime-extensions", ["onnxruntime_extensions/__init__.py"])
-    installed(site, "numpy", ["numpy/__init__.py"])
-    installed(user, "onnxruntime-openvino", ["onnxruntime/__init__.py"])
+    install(site, "onnxruntime", ["onnxruntime/__init__.py"])
+    install(site, "onnxruntime-gpu", ["onnxruntime/__init__.py", "onnxruntime/capi.so"])
+    install(site, "onnxruntime-extensions", ["onnxruntime_extensions/__init__.py"])
+    install(site, "numpy", ["numpy/__init__.py"])
+    install(user, "onnxruntime-openvino", ["onnxruntime/__init__.py"])
     (tmp_path / "link").symlink_to(site)
     found = metadata.distributions(path=[str(site), str(user)])
-    owners, others = doctor.whose(tmp_path / "link" / "onnxruntime" / "__init__.py", found)
+    owners, others = installed.whose(tmp_path / "link" / "onnxruntime" / "__init__.py", found)
     assert sorted(owner.name for owner in owners) == ["onnxruntime", "onnxruntime-gpu"]
     assert [other.name for other in others] == ["onnxruntime-openvino"]
 
@@ -137,7 +133,7 @@ def test_whose_file_it_is(tmp_path: Path) -> None:
 def test_a_stale_record_is_seen(tmp_path: Path) -> None:
     installed(tmp_path, "onnxruntime-gpu", ["onnxruntime/__init__.py"])
     installed(tmp_path, "onnxruntime", None)
-    owners, others = doctor.whose(
+    owners, others = installed.whose(
         tmp_path / "onnxruntime" / "__init__.py", metadata.distributions(path=[str(tmp_path)])
     )
     assert ([owner.name for owner in owners], [other.name for other in others]) == (
@@ -154,7 +150,7 @@ def test_the_module_itself_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "onnxruntime" / "__init__.py").write_text(module)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
-    found = doctor._onnxruntime()
+    found = installed.installed_onnxruntime()
     del sys.modules["onnxruntime"]  # the made-up one; the real one comes back by itself
     assert isinstance(found, OnnxRuntime)
     assert (found.package, found.version, found.cuda, found.missing) == ("onnxruntime-gpu", "9.9", "12.8", None)
@@ -252,22 +248,22 @@ def test_needed_libraries_are_those_that_the_file_names() -> None:
     import math
 
     assert math.__file__ is not None
-    assert "libc.so.6" in doctor.needed_libraries(Path(math.__file__))
+    assert "libc.so.6" in installed.needed_libraries(Path(math.__file__))
     folder = Path(str(metadata.distribution("numpy").locate_file("onnxruntime"))) / "capi"
-    if (folder / doctor.CUDA_PROVIDER).exists():
-        names = doctor.needed_libraries(folder / doctor.CUDA_PROVIDER)
+    if (folder / installed.CUDA_PROVIDER).exists():
+        names = installed.needed_libraries(folder / installed.CUDA_PROVIDER)
         assert DRIVER_LIBRARY in names
         assert any(name.startswith("libcublas.so.") for name in names)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF files")
 def test_a_library_that_is_not_there_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "needed_libraries", lambda file: ("libc.so.6", "libnowhere.so.3"))
-    provider = tmp_path / doctor.CUDA_PROVIDER
-    assert doctor._missing(provider, 9) is None, "no provider, nothing to miss"
+    monkeypatch.setattr(installed, "needed_libraries", lambda file: ("libc.so.6", "libnowhere.so.3"))
+    provider = tmp_path / installed.CUDA_PROVIDER
+    assert installed._missing(provider, 9) is None, "no provider, nothing to miss"
     provider.touch()
     ctypes.CDLL("libc.so.6")
-    assert doctor._missing(provider, 77) == ("libnowhere.so.3", "libcudnn.so.77")
+    assert installed._missing(provider, 77) == ("libnowhere.so.3", "libcudnn.so.77")
 
 
 def test_the_doctor_on_this_machine() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bench.backends.contract import Device
-from bench.results.derive import CONFIRMED_ROUNDS, LETTER_SIGN, decided, ratios, rows, slower
+from bench.results.derive import CONFIRMED_ROUNDS, decided, ratios, rows, slower
 from bench.results.schema import Sample, SubjectResult
-from bench.worker.clock import Timing
+from bench.results.terms import LETTER_SIGN, Timing
 
 
 def sample(subject: str, round_: int, milliseconds: list[float], timing: Timing, batch_size: int = 4) -> Sample:

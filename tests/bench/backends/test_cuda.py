@@ -146,7 +146,7 @@ def test_a_node_that_cuda_does_not_have_is_no_row(tampered: Callable[..., Path],
 def together(small_bundle: Path) -> Iterator[Result]:
     """Three backends on one GPU, of which one asks for more memory than there is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
+        patch.syspath_prepend(str(Path(__file__).parents[1]))
         patch.setitem(BACKENDS, "hungry", "faulty_backends:HUNGRY")
         yield measured(small_bundle, "hungry", "graph-cuda", "onnx-cuda")
 

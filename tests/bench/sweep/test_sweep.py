@@ -20,17 +20,21 @@ import bench.sweep.device_runs
 import bench.sweep.folder
 import bench.sweep.sweep
 from bench.backends.contract import BACKENDS
+from bench.cli.exit_codes import sweep_exit_code
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
-from bench.results.schema import Failure, Result, write_result
+from bench.results.files import write_result
+from bench.results.load import read_sweep
+from bench.results.schema import Failure, Result
+from bench.results.studies import SWEEP_FILE, Sweep
 from bench.run.plan import Choice, opened
 from bench.sweep.choices import NOT_REACHED, Wanted
 from bench.sweep.contenders import MARGIN, chances, contenders
 from bench.sweep.device_runs import LOOK_ROUNDS, WORKER_BYTES, grouped
-from bench.sweep.folder import JSON_NAME, SweepFolder
-from bench.sweep.sweep import Sweep, conduct, read_sweep, sweep_exit_code
+from bench.sweep.folder import SweepFolder
+from bench.sweep.sweep import conduct
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ONNX, ONNX_1 = Choice("onnx-cpu", "float32", 2), Choice("onnx-cpu", "float32", 1)
 INT8, SCRIPT = Choice("onnx-cpu", "int8", 2), Choice("torchscript-cpu", "float32", 2)
 NO_GPU = "there is no GPU. Plug one in."
@@ -300,9 +304,9 @@ def test_the_folder_of_another_bundle_is_left_alone(
 ) -> None:
     sweep = swept()
     folder = tmp_path / "sweep"
-    write_result(sweep, folder / JSON_NAME)
+    write_result(sweep, folder / SWEEP_FILE)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    for kept in (JSON_NAME, "run-"):
+    for kept in (SWEEP_FILE, "run-"):
         with pytest.raises(BenchError, match=r"is of another bundle \(\w+\)") as caught:
             SweepFolder(folder, opened(small_bundle).digest)
         assert caught.value.exit_code == EXIT_BAD_INPUT
@@ -310,7 +314,7 @@ def test_the_folder_of_another_bundle_is_left_alone(
         for path in [path for path in before if path.name.startswith(kept)]:
             path.unlink()
             del before[path]
-    (folder / JSON_NAME).write_text('{"schema_version": 1}')
+    (folder / SWEEP_FILE).write_text('{"schema_version": 1}')
     with pytest.raises(BenchError, match="is no run of a sweep"):
         SweepFolder(folder, sweep.bundle.digest)
 
@@ -368,9 +372,9 @@ def test_the_command_writes_the_sweep_and_says_what_is_left_out(
     assert app(["sweep", *options, "--backend", "onnx-cpu"], standalone_mode=False) == 0
     printed = capsys.readouterr().out
     assert "not measured in full: onnx-cpu:int8: parity failed: top-1 is 90 %" in printed
-    assert printed.endswith(f"sweep: {tmp_path / JSON_NAME}\n")
+    assert printed.endswith(f"sweep: {tmp_path / SWEEP_FILE}\n")
     sweep = read_sweep(tmp_path)
-    assert sweep == read_sweep(tmp_path / JSON_NAME)
+    assert sweep == read_sweep(tmp_path / SWEEP_FILE)
     assert sweep.bundle.path == str(variants)
     assert [subject.label for subject in sweep.runs[0].subjects] == ["torch-cpu", "onnx-cpu", "onnx-cpu:int8-raw"]
 
@@ -385,7 +389,7 @@ def test_an_interruption_says_what_is_kept(
 
 
 def test_only_a_whole_sweep_is_read(result: Result, wanted: Wanted, tmp_path: Path) -> None:
-    path = tmp_path / JSON_NAME
+    path = tmp_path / SWEEP_FILE
     sweep = sweep_of(result, {TORCH: Figures(), ONNX: Figures()}, wanted.bundle)
     write_result(sweep, path)
     assert read_sweep(path) == sweep
@@ -430,7 +434,7 @@ def test_a_sweep_that_is_killed_goes_on(small_bundle: Path, tmp_path: Path) -> N
     process.wait()
     (look,) = found
     written = look.stat().st_mtime_ns
-    assert not (tmp_path / JSON_NAME).exists()
+    assert not (tmp_path / SWEEP_FILE).exists()
 
     done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr

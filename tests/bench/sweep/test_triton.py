@@ -15,10 +15,11 @@ from sweeps import MB, TORCH, Figures, sweep_of
 import bench.sweep.triton
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
-from bench.results.schema import Result, write_result
+from bench.results.files import write_result
+from bench.results.schema import Result
+from bench.results.studies import Sweep
 from bench.run.plan import Choice, opened
 from bench.sweep.recommend import candidates, recommend
-from bench.sweep.sweep import Sweep
 from bench.sweep.triton import CONFIG_NAME, queue_delay_us, servable, write_repository
 from export.bundle import sha256_file
 

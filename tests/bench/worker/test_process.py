@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from bench.backends.contract import BACKENDS, Options
-from bench.worker.process import (
+from bench.worker.messages import (
     Available,
     BadBundle,
     Close,
@@ -29,9 +29,8 @@ from bench.worker.process import (
     Prepared,
     Reply,
     Unavailable,
-    Worker,
-    WorkerFailure,
 )
+from bench.worker.process import Worker, WorkerFailure
 from export.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")

@@ -19,18 +19,20 @@ from report_pages import many, with_parity, with_tails
 from bench.backends.contract import Profile
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
-from bench.report.csv_table import csv_table, markdown_page
+from bench.report.csv_table import csv_table
 from bench.report.html.document import html_page
 from bench.report.html.markup import Html, element, prose
 from bench.report.html.pictures import data_uri
 from bench.report.html.plot import batch_axis, log_axis, percent_axis, short
-from bench.report.sentences import champion, fastest_words, right_rows
+from bench.report.markdown import markdown_page
+from bench.report.sentences import fastest_words
+from bench.results.files import write_result
 from bench.results.load import Source, results_in
 from bench.results.parity import Flip, ParityVerdict
+from bench.results.queries import champion, right_rows
 from bench.results.roofline import Point
-from bench.results.schema import BundleFacts, Failure, Result, SubjectResult, write_result
-from bench.run.suite import LeftOut, Suite
-from bench.sweep.sweep import Sweep
+from bench.results.schema import BundleFacts, Failure, Result, SubjectResult
+from bench.results.studies import LeftOut, Suite, Sweep
 from export.bundle import Bundle, FoldReport
 
 EVIL = "<script>alert('x')</script>"

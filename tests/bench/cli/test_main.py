@@ -17,7 +17,7 @@ import pytest
 
 from bench.results.schema import Result
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Nothing is measured with these; they make a run short.
 SHORT = ["--backend", "onnx-cpu", "--batch-size", "1", "--rounds", "1", "--block-ms", "1", "--threads", "1"]
 
@@ -86,8 +86,9 @@ def test_a_result_is_shown_again(result: Result, tmp_path: Path) -> None:
 
     from rich.console import Console
 
-    from bench.report.terminal.run import MIN_WIDTH, print_run
-    from bench.results.schema import write_result
+    from bench.report.terminal.console import MIN_WIDTH
+    from bench.report.terminal.run import print_run
+    from bench.results.files import write_result
 
     path = tmp_path / "result.json"
     shown = io.StringIO()

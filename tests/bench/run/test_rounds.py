@@ -12,11 +12,12 @@ import pytest
 
 import bench.run.lanes
 from bench.backends.contract import BACKENDS
+from bench.cli.exit_codes import exit_code
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.results.schema import Result
-from bench.run.lanes import availability
+from bench.run.availability import availability
 from bench.run.plan import Choice, Plan, select
-from bench.run.rounds import cpus_for, exit_code, run
+from bench.run.rounds import cpus_for, run
 from export.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")

@@ -10,19 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bench.cli.exit_codes import scenario_exit_code
 from bench.cli.main import app
 from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
+from bench.results.scenario import ScenarioResult
+from bench.results.terms import Scenario
 from bench.run.plan import Plan
-from bench.run.scenario import (
-    RATE_PRECISION,
-    ScenarioResult,
-    Wanted,
-    highest_rate,
-    log_folder,
-    run_scenario,
-    scenario_exit_code,
-)
-from bench.worker.loadgen import Scenario
+from bench.run.scenario import RATE_PRECISION, Wanted, highest_rate, log_folder, run_scenario
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")
 MakePlan = Callable[..., Plan]

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.worker.loadgen import Load, Scenario, drive, read_outputs, read_summary, read_version
+from bench.results.terms import Scenario
+from bench.worker.loadgen import Load, drive, read_outputs, read_summary, read_version
 
 # A number that neither 8 nor 16 divides: multi-stream fills its last query up, the last call of offline is short.
 RAW = np.random.default_rng(0).integers(0, 256, (37, 1, 4, 4), dtype=np.uint8)

@@ -8,7 +8,10 @@ import pytest
 from rich.console import Console
 
 from bench.backends.contract import Profile
-from bench.report.terminal.run import FLIPS_SHOWN, MIN_WIDTH, print_backends, print_parity, print_run
+from bench.report.terminal.console import MIN_WIDTH
+from bench.report.terminal.machine import print_backends
+from bench.report.terminal.parity import FLIPS_SHOWN, print_parity
+from bench.report.terminal.run import print_run
 from bench.results.parity import Flip, ParityVerdict
 from bench.results.schema import Failure, Result, Skipped
 

@@ -18,11 +18,12 @@ from sweeps import MB, TORCH, Figures, sweep_of
 from bench.backends.contract import BACKENDS, find_backend
 from bench.cli.main import app
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
-from bench.results.schema import Failure, Result, write_result
+from bench.results.files import write_result
+from bench.results.schema import Failure, Result
+from bench.results.studies import Candidate, Recommendation, Sweep
 from bench.run.plan import Choice, opened
 from bench.sweep.program import RUNTIMES, Runnable, runtime_of, snippet
-from bench.sweep.recommend import Candidate, Recommendation, candidates, front, recommend
-from bench.sweep.sweep import Sweep
+from bench.sweep.recommend import candidates, front, recommend
 from export.bundle import Bundle, Preprocessing, TensorSpec
 
 ONNX, ONNX_1 = Choice("onnx-cpu", "float32", 2), Choice("onnx-cpu", "float32", 1)
