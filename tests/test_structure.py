@@ -1,4 +1,4 @@
-"""Three packages, one arrow: trainer ← export ← bench; the walls between bench's rooms; nothing heavy before it is needed.
+"""One arrow: trainer ← export ← bench; the walls between the rooms of bench; nothing heavy before it is needed.
 
 docs/architecture.md says why each wall stands where it does.
 """

@@ -5,9 +5,7 @@ Every module of this room imports what a subcommand needs inside that subcommand
 
 from __future__ import annotations
 
-import signal
 import sys
-from types import FrameType
 
 import typer
 
@@ -15,7 +13,8 @@ from bench.cli.measure import ab_command, parity_command, run_command
 from bench.cli.show import backends_command, compare_command, doctor_command, report_command
 from bench.cli.suite import suite_command
 from bench.cli.sweep import recommend_command, sweep_command
-from bench.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, BenchError, Terminated
+from bench.errors import EXIT_INTERRUPTED
+from export.bundle.foundations import run_app
 
 # Typer's rich help costs as much start-up time as everything else together.
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
@@ -40,20 +39,9 @@ app.command("recommend")(recommend_command)
 
 def main() -> None:
     """The console script and `python -m bench`: errors become one paragraph on stderr and the exit code."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        app(prog_name="bench")
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Terminated:
-        print("terminated", file=sys.stderr)
-        sys.exit(EXIT_TERMINATED)
+        run_app(app, "bench")
     except SystemExit as ending:
         if ending.code == EXIT_INTERRUPTED:  # Typer has turned Ctrl-C into this, without a word
             print("interrupted", file=sys.stderr)
         raise
-
-
-def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    raise Terminated

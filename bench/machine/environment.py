@@ -7,16 +7,14 @@ worker.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from bench.machine import sensors
+from export.bundle.foundations import git_commit, installed
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -144,7 +142,7 @@ def describe() -> Environment:
         gpus=_gpus(),
         load_1min=load_1min(),
         cpu_busy_percent=cpu_busy_percent(),
-        git_commit=_git_commit(),
+        git_commit=git_commit(Path(__file__), dirty=True),
     )
 
 
@@ -160,17 +158,6 @@ def cpu_busy_percent() -> float:
     return float(psutil.cpu_percent(interval=BUSY_WINDOW_S))
 
 
-def installed(*names: str) -> dict[str, str]:
-    """The versions of those packages that are installed. A checkout that nobody installed has none; its commit says
-    what it is.
-    """
-    found = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def _gpus() -> tuple[Gpu, ...]:
     import pynvml
 
@@ -183,18 +170,3 @@ def _gpus() -> tuple[Gpu, ...]:
         )
         for handle in sensors.gpus()
     )
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``-dirty`` if files differ; None for an installed
-    copy.
-    """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout that it can read
-        return None
-    return done.stdout.strip()

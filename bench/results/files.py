@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from bench.errors import EXIT_BAD_INPUT, BenchError
+from export.bundle.foundations import replace_file
 
 
 def check_writable(path: Path, option: str = "--json") -> None:
@@ -43,27 +43,14 @@ def write_whole(content: str, path: Path, option: str) -> None:
     """Write a text file: a reader sees the old one or the new one. Raises BenchError (bad input), the old one intact;
     it names the `option` that names another place.
     """
-    target = path.resolve()
-    scratch = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            scratch = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.chmod(0o666 & ~_umask())  # a temporary file is private; a result is like any other file
-        scratch.replace(target)
+        replace_file(path.resolve(), content.encode())
     except OSError as error:
         raise BenchError(
             f"the result could not be written to {path}: {error.strerror}. What was there before is unchanged; name "
             f"another place with {option}.",
             EXIT_BAD_INPUT,
         ) from None
-    finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
 
 
 def indented_json(value: Any, indent: str = "") -> str:
@@ -82,9 +69,3 @@ def indented_json(value: Any, indent: str = "") -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -17,12 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.errors import EXIT_BAD_INPUT, BenchError
-from bench.machine.environment import describe, fingerprint, installed
+from bench.machine.environment import describe, fingerprint
 from bench.results.files import check_writable, write_result
 from bench.results.load import read_fields, read_result
 from bench.results.schema import Result
 from bench.results.studies import SWEEP_FILE
 from bench.run.plan import Plan
+from export.bundle.foundations import installed
 
 OPTION = "--out"
 RUN_PATTERN = "run-*.json"

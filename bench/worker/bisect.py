@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bench.backends.contract import Backend, Options, Profile, Session
-from bench.results.parity import ROUNDING, Bisection, Divergence
+from bench.results.parity import Bisection, Divergence
+from export.bundle.verdict import ROUNDING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

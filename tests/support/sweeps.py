@@ -10,13 +10,13 @@ from typing import Any
 
 from bundles import tamper
 
-from bench.results.parity import Flip
 from bench.results.schema import BundleFacts, Failure, FileFacts, Percentiles, Ratio, Result, Row
 from bench.results.statistics import PairedRatio, Spread
 from bench.results.studies import Sweep
 from bench.results.terms import label_of
 from bench.run.plan import Choice, Plan
 from export.bundle import Bundle
+from export.bundle.verdict import Flip
 
 MB = 10**6
 

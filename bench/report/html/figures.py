@@ -26,11 +26,12 @@ from bench.report.html.plot import (
 from bench.report.png import PANELS
 from bench.report.sentences import TIMING_WORDS
 from bench.report.wording import milliseconds, number, spread_words
-from bench.results.parity import ErrorHistogram, ParityVerdict
+from bench.results.parity import ParityVerdict
 from bench.results.queries import finished_rows, tailed_rows
 from bench.results.roofline import Point
 from bench.results.schema import Percentiles, Result, Row
 from bench.results.terms import CONTROL_SUFFIX, TIMINGS, Timing
+from export.bundle.verdict import ErrorHistogram
 
 # What a top-1 may be below the oracle's without being called worse: half of the last digit shown.
 TOP1_POINTS = 0.005

@@ -16,10 +16,11 @@ from bench.report.html.pictures import Missing, data_uri, inputs_of
 from bench.report.html.plot import swatch
 from bench.report.wording import rounds_words
 from bench.results.load import Source
-from bench.results.parity import Flip, ParityVerdict
+from bench.results.parity import ParityVerdict
 from bench.results.queries import finished_rows
 from bench.results.schema import BundleFacts, Result, SubjectResult
 from bench.results.studies import LeftOut
+from export.bundle.verdict import Flip
 
 # Each is a picture of a few hundred bytes. Of what failed by more, a few dozen show enough.
 PICTURES_SHOWN = 24

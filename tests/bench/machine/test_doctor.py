@@ -131,8 +131,8 @@ def test_whose_file_it_is(tmp_path: Path) -> None:
 
 
 def test_a_stale_record_is_seen(tmp_path: Path) -> None:
-    installed(tmp_path, "onnxruntime-gpu", ["onnxruntime/__init__.py"])
-    installed(tmp_path, "onnxruntime", None)
+    install(tmp_path, "onnxruntime-gpu", ["onnxruntime/__init__.py"])
+    install(tmp_path, "onnxruntime", None)
     owners, others = installed.whose(
         tmp_path / "onnxruntime" / "__init__.py", metadata.distributions(path=[str(tmp_path)])
     )
@@ -145,7 +145,7 @@ def test_a_stale_record_is_seen(tmp_path: Path) -> None:
 def test_the_module_itself_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two packages in one folder that comes first on the path; the module says another version than either record."""
     for name in ("onnxruntime", "onnxruntime-gpu"):
-        installed(tmp_path, name, ["onnxruntime/__init__.py"])
+        install(tmp_path, name, ["onnxruntime/__init__.py"])
     module = 'package_name = "onnxruntime-gpu"\n__version__ = "9.9"\ncuda_version = "12.8"\n'
     (tmp_path / "onnxruntime" / "__init__.py").write_text(module)
     monkeypatch.syspath_prepend(str(tmp_path))

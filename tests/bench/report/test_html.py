@@ -28,12 +28,13 @@ from bench.report.markdown import markdown_page
 from bench.report.sentences import fastest_words
 from bench.results.files import write_result
 from bench.results.load import Source, results_in
-from bench.results.parity import Flip, ParityVerdict
+from bench.results.parity import ParityVerdict
 from bench.results.queries import champion, right_rows
 from bench.results.roofline import Point
 from bench.results.schema import BundleFacts, Failure, Result, SubjectResult
 from bench.results.studies import LeftOut, Suite, Sweep
 from export.bundle import Bundle, FoldReport
+from export.bundle.verdict import Flip
 
 EVIL = "<script>alert('x')</script>"
 MEGABYTE = 1_000_000

@@ -12,8 +12,9 @@ from bench.report.terminal.console import MIN_WIDTH
 from bench.report.terminal.machine import print_backends
 from bench.report.terminal.parity import FLIPS_SHOWN, print_parity
 from bench.report.terminal.run import print_run
-from bench.results.parity import Flip, ParityVerdict
+from bench.results.parity import ParityVerdict
 from bench.results.schema import Failure, Result, Skipped
+from export.bundle.verdict import Flip
 
 
 def shown(what: object, printer: object) -> str:
@@ -28,7 +29,16 @@ def failed(result: Result) -> Result:
     """The real result, with a parity that failed by many flips, a crash, and a backend that was skipped."""
     flips = tuple(Flip(index, 7, 7, 1, 0.25) for index in range(FLIPS_SHOWN + 3))
     verdict = ParityVerdict(
-        False, ("23 predictions flipped",), Profile.STRICT, 300, 90.0, 98.0, flips, 0.5, 0.1, 9e4, 0
+        passed=False,
+        failures=("23 predictions flipped",),
+        profile=Profile.STRICT,
+        images=300,
+        top1_percent=90.0,
+        oracle_top1_percent=98.0,
+        flips=flips,
+        max_abs_error=0.5,
+        rms_error=0.1,
+        rms_error_in_float32_errors=9e4,
     )
     onnx, control, null = result.subjects
     crash = Failure(kind="crashed", message="the worker was ended by SIGSEGV", trace="[last words]")

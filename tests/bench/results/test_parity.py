@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from bench.backends.contract import Options, Profile, Session, find_backend
-from bench.results.parity import ROUNDING, judge, worst_images
+from bench.results.parity import judge, worst_images
 from export.bundle import Bundle, Oracle, Tolerances
+from export.bundle.verdict import ROUNDING
 
 E32 = 1e-6
 TOLERANCES = Tolerances(float32_rms_error=E32)

@@ -27,11 +27,12 @@ from bench.backends.contract import Options, Profile, Session, find_backend
 from bench.cli.main import app
 from bench.errors import BenchError
 from bench.report.terminal.parity import FLIPS_SHOWN
-from bench.results.parity import Bisection, McNemar, ParityVerdict, worst_images
+from bench.results.parity import Bisection, ParityVerdict, worst_images
 from bench.run.plan import Plan
 from bench.run.rounds import BISECTED_IMAGES, run
 from bench.worker.bisect import bisect
 from export.bundle import Bundle
+from export.bundle.verdict import McNemar
 from export.formats import torchscript
 from trainer.model import Net
 

@@ -175,7 +175,7 @@ def test_an_altered_file_is_a_bad_bundle(start: Start, tampered: Callable[..., P
 def test_every_thread_is_pinned() -> None:
     """In a process of its own, with a thread that was there before."""
     code = (
-        "import os, threading; from bench.worker.process import pin\n"
+        "import os, threading; from bench.worker.serve import pin\n"
         "done = threading.Event(); thread = threading.Thread(target=done.wait); thread.start()\n"
         "cpu = min(os.sched_getaffinity(0)); pin((cpu,))\n"
         "on = [os.sched_getaffinity(int(t)) for t in os.listdir('/proc/self/task')]\n"
