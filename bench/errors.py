@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from export.bundle.foundations import EXIT_BAD_INPUT as EXIT_BAD_INPUT
-from export.bundle.foundations import EXIT_INTERRUPTED as EXIT_INTERRUPTED
-from export.bundle.foundations import EXIT_NEGATIVE as EXIT_NEGATIVE
-from export.bundle.foundations import EXIT_UNAVAILABLE as EXIT_UNAVAILABLE
-from export.bundle.foundations import EXIT_USAGE as EXIT_USAGE
-from export.bundle.foundations import Terminated as Terminated
-from export.bundle.foundations import UserError
+from export.bundle.errors import EXIT_BAD_INPUT as EXIT_BAD_INPUT
+from export.bundle.errors import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+from export.bundle.errors import EXIT_NEGATIVE as EXIT_NEGATIVE
+from export.bundle.errors import EXIT_UNAVAILABLE as EXIT_UNAVAILABLE
+from export.bundle.errors import EXIT_USAGE as EXIT_USAGE
+from export.bundle.errors import Terminated as Terminated
+from export.bundle.errors import UserError
 
 
 class BenchError(UserError):

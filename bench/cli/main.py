@@ -14,7 +14,7 @@ from bench.cli.show import backends_command, compare_command, doctor_command, re
 from bench.cli.suite import suite_command
 from bench.cli.sweep import recommend_command, sweep_command
 from bench.errors import EXIT_INTERRUPTED
-from export.bundle.foundations import run_app
+from export.bundle.errors import run_app
 
 # Typer's rich help costs as much start-up time as everything else together.
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)

@@ -1,8 +1,8 @@
 """The bundle, and what stands in it: the contract between whoever exports and whoever runs.
 
-`manifest` is what a bundle holds, `verdict` when its files are right, `foundations` what bench has of trainer. The
-names of the manifest can be taken from here too; it is imported when the first of them is asked for, so that the errors
-and exit codes in `foundations` cost no command its quick `--help`.
+`manifest` is what a bundle holds, `verdict` when its files are right; `errors` and `foundations` are what bench has of
+trainer. The manifest's names can be taken from here too. It is imported when the first of them is asked for: who only
+needs the errors, as every `--help`, doesn't wait for it.
 """
 
 from __future__ import annotations
