@@ -1,41 +1,34 @@
-"""Results as a short page in Markdown, for a pull request."""
+"""Tables and lists in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 
-from bench.report import sentences
-from bench.report.suite import bullets, one_line, parity_table, speed, table
-from bench.results.load import Source
-from bench.results.schema import Result
+from bench.report.table import Cell, Column, T, used
+from bench.report.wording import NOTHING
 
-
-def markdown_page(sources: Sequence[Source]) -> str:
-    """Verdict, speed, parity and environment of every result."""
-    results = [result for source in sources for result in source.results]
-    left_out = tuple(chain.from_iterable(source.left_out for source in sources))
-    parts = [f"**{one_line(sentences.fastest_words(results))}** {one_line(sentences.verdict(results, left_out))}"]
-    for source in sources:
-        for name, result in zip(source.names, source.results, strict=True):
-            parts += _result(name, result)
-        if source.left_out:
-            parts.append(f"Not measured in {one_line(str(source.path))}:")
-            parts.append(bullets(sentences.not_measured((), source.left_out)))
-    return "\n\n".join(parts) + "\n"
+WRAPPED = {"subject": "`", "code": "`", "bad": "**"}
 
 
-def _result(name: str, result: Result) -> Iterator[str]:
-    bundles = ", ".join(bundle.name for bundle in result.bundles)
-    yield f"## {one_line(bundles)}: {one_line(name)}"
-    if result.command is not None:
-        yield f"    {' '.join(result.command.split())}"
-    yield bullets(sentences.best(result))
-    if result.rows:
-        yield speed(result)
-    yield "### Parity with the float64 oracle"
-    yield parity_table(result)
-    yield "### Environment"
-    yield table(("what", ""), sentences.machine([result]))
-    if absent := list(sentences.not_measured([result], ())):
-        yield bullets(absent)
+def table(columns: Sequence[Column[T]], items: Iterable[T]) -> str:
+    """The items' lines. A bar or a line's end inside a cell would end the cell."""
+    lines = list(items)
+    shown = used(columns, lines)
+    rows = [[column.name for column in shown], ["---"] * len(shown)]
+    rows += [[_text(column.cell(item)) for column in shown] for item in lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _text(cell: Cell) -> str:
+    wrap = "" if cell.text == NOTHING else WRAPPED.get(cell.look, "")
+    return f"{wrap}{one_line(cell.text)}{wrap}".replace("|", "\\|")
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list."""
+    return "\n".join(f"- {one_line(line)}" for line in lines)
+
+
+def one_line(text: str) -> str:
+    """Text of a result as part of a line, that can't begin any markup of HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")

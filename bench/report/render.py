@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from bench.report import columns, csv_table
 from bench.report.formats import ReportFormat
-from bench.report.suite import page
+from bench.report.pages import markdown_page, page
 from bench.report.terminal.console import MIN_WIDTH, console
 from bench.report.terminal.run import print_run
 from bench.results.load import Source
@@ -27,10 +28,13 @@ def rendered(sources: Sequence[Source], chosen: ReportFormat) -> str:
         text = io.StringIO()
         print_sources(sources, Console(file=text, width=MIN_WIDTH, highlight=False))
         return text.getvalue()
-    from bench.report.csv_table import csv_table
-    from bench.report.markdown import markdown_page
+    return markdown_page(sources) if chosen is ReportFormat.MARKDOWN else csv_lines(sources)
 
-    return markdown_page(sources) if chosen is ReportFormat.MARKDOWN else csv_table(sources)
+
+def csv_lines(sources: Sequence[Source]) -> str:
+    """A line for each subject, batch size and timing of every result."""
+    named = [entry for source in sources for entry in zip(source.names, source.results, strict=True)]
+    return csv_table.table(columns.LINES, [line for name, result in named for line in columns.timed(result, name)])
 
 
 def print_sources(sources: Sequence[Source], out: Console | None = None) -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from bench.machine.sensors import Reading
-from bench.report.wording import milliseconds, number, per_s, spread_words
+from bench.report.wording import TIMING_WORDS, milliseconds, number, per_s, spread_words
 from bench.results.queries import champion, right_rows, subject_of
 from bench.results.roofline import Survey
 from bench.results.schema import Result, SubjectResult
 from bench.results.studies import LeftOut, suite_run_of
-from bench.results.terms import TIMINGS, Timing
+from bench.results.terms import TIMINGS
 
-TIMING_WORDS: dict[Timing, str] = {"device_resident": "on the device", "end_to_end": "end to end"}
 # What a runtime says of itself in its settings and a reader wants to know of a machine.
 VERSIONS = ("torch", "cuda", "cudnn", "onnxruntime", "openvino")
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from bench.results.parity import ParityVerdict
 from bench.results.schema import Result
 from bench.results.statistics import MedianRatio, PairedRatio, Spread
+from bench.results.terms import Timing
 
 NOTHING = "–"
 """Too few samples, or nothing to compare."""
+TIMING_WORDS: dict[Timing, str] = {"device_resident": "on the device", "end_to_end": "end to end"}
 
 
 def spread_words(spread: Spread) -> str:

@@ -65,11 +65,11 @@ def compare(base: Result, head: Result) -> Comparison:
     before, after = _throughputs(base), _throughputs(head)
     failed = {subject.label for subject in head.subjects if subject.failure is not None}
     broken = tuple(dict.fromkeys(subject for subject, _, _ in before if subject in failed))
-    idle = {subject.label for subject in head.subjects if subject.device == "none"}
+    computing = {subject.label for subject in head.subjects if subject.computes}
     found = []
     for key in (key for key in before if key in after):
         ratio = ratio_of_medians(after[key], before[key])
-        found.append(Compared(*key, key[0] not in idle, ratio))
+        found.append(Compared(*key, key[0] in computing, ratio))
     if not broken and not any(compared.judged and compared.throughput_ratio.high is not None for compared in found):
         raise BenchError(
             f"nothing can be judged: no backend and batch size is in both results with at least "

@@ -34,14 +34,14 @@ def finished_rows(result: Result) -> list[Row]:
 
 def tailed_rows(result: Result) -> list[Row]:
     """The rows with a p99 end to end, less those of the backend that computes nothing: it would beat all others."""
-    computing = {subject.label for subject in result.subjects if subject.device != "none"}
+    computing = {subject.label for subject in result.subjects if subject.computes}
     rows = [row for row in finished_rows(result) if row.subject in computing]
     return [row for row in rows if row.end_to_end_latency_ms.p99 is not None]
 
 
 def right_rows(result: Result) -> list[Row]:
     """The rows that may be called the best: of subjects that finished, compute something, and are right."""
-    out = {s.label for s in result.subjects if s.device == "none" or (s.parity is not None and not s.parity.passed)}
+    out = {s.label for s in result.subjects if not s.computes or (s.parity is not None and not s.parity.passed)}
     return [row for row in finished_rows(result) if row.subject not in out]
 
 

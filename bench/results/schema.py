@@ -97,6 +97,11 @@ class SubjectResult(Frozen):
     bisection: Bisection | None = None
     failure: Failure | None
 
+    @property
+    def computes(self) -> bool:
+        """False for the backend that computes nothing: it prices the harness, and is neither judged nor ranked."""
+        return self.device != "none"
+
 
 class Sample(Frozen):
     """A timed block: calls timed one after the other without a pause, each on `batch_size` images.

@@ -25,14 +25,13 @@ from importlib import resources
 from itertools import chain
 
 from bench.report import sentences
+from bench.report.columns import OVERVIEW, Listed
 from bench.report.html.markup import Html, element, prose
 from bench.report.html.plot import shapes
 from bench.report.html.sections import panel, status
-from bench.report.html.tables import Line, table
+from bench.report.html.table import table
 from bench.report.png import COLOURS
-from bench.report.wording import NOTHING, spread_words
 from bench.results.load import Source
-from bench.results.queries import champion
 from bench.results.schema import Result
 
 # Black on a dark page would be invisible.
@@ -94,30 +93,19 @@ def _document_head(title: str, script: str) -> Html:
 
 def _several(entries: Sequence[tuple[str, Result, Source]]) -> Html:
     """A line for each result, and the chooser."""
-    lines = [Line(_overview(place, name, result)) for place, (name, result, _) in enumerate(entries)]
+    listed = [
+        Listed(f"#r{place}", name, result, bool(sentences.problems([result])))
+        for place, (name, result, _) in enumerate(entries)
+    ]
     options = [element("option", name, value=place) for place, (name, _, _) in enumerate(entries)]
-    header = ("result", "profile", "parity", "fastest end to end", "threads", "batch", "images/s")
     return element(
         "nav",
         element("h2", f"{len(entries)} results"),
-        table("overview", "Every result, with the fastest of it that is right", header, lines, text_columns=4),
+        table("overview", "Every result, with the fastest of it that is right", OVERVIEW, listed),
         element("label", "Shown below ", element("select", options, id="chooser")),
         element("p", "Only the first result can be shown without scripts.", id="unscripted", class_="note"),
         aria_label="Results",
     )
-
-
-def _overview(place: int, name: str, result: Result) -> tuple[Html | str, ...]:
-    bad = sentences.problems([result])
-    verdict = element("span", "fails" if bad else "holds", class_="bad" if bad else "good")
-    found = champion([result])
-    label, batch_size, speed = NOTHING, NOTHING, NOTHING
-    if found is not None:
-        label, batch_size = found.row.subject, f"{found.row.batch_size:,}"
-        speed = spread_words(found.row.end_to_end_throughput_images_per_s)
-    settings = result.settings
-    link = element("a", name, href=f"#r{place}")
-    return link, str(settings.profile), verdict, element("code", label), str(settings.threads), batch_size, speed
 
 
 def _packed(panels: Sequence[Sequence[Html]]) -> Html:

@@ -24,8 +24,7 @@ from bench.report.html.plot import (
     short,
 )
 from bench.report.png import PANELS
-from bench.report.sentences import TIMING_WORDS
-from bench.report.wording import milliseconds, number, spread_words
+from bench.report.wording import TIMING_WORDS, milliseconds, number, spread_words
 from bench.results.parity import ParityVerdict
 from bench.results.queries import finished_rows, tailed_rows
 from bench.results.roofline import Point

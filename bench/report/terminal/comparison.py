@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from bench.machine.environment import BUSY_PERCENT
-from bench.report.wording import per_s, ratio_words, rounds_words
+from bench.report import columns
+from bench.report.terminal.table import table
+from bench.report.wording import ratio_words, rounds_words
 from bench.results.compare import Compared, Comparison, regressions
 from bench.results.derive import slower
 from bench.results.schema import Ratio, Result
@@ -44,7 +44,7 @@ def print_two_runs(
         )
     for difference in differences:
         out.print(f"[yellow]warning[/] not the same machine: {escape(difference)}")
-    out.print(_two_runs_table(comparison.found))
+    out.print(table(columns.TWO_RUNS, comparison.found))
     out.print(
         "images/s: median of the rounds. ratio: head over base, with its 95 % bootstrap interval; –: fewer than six\n"
         "rounds. null is shown for the harness's sake and not judged. Two runs are weaker evidence than one: what\n"
@@ -69,21 +69,3 @@ def print_slower(subject: str, found: Ratio | Compared, base: str, out: Console)
         f"[red]slower[/] {escape(subject)} at batch {found.batch_size}, {timing}: "
         f"{ratio_words(found.throughput_ratio, '.3f')} of {base}"
     )
-
-
-def _two_runs_table(found: Iterable[Compared]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("backend", overflow="fold")
-    for name in ("batch", "timing", "base\nimages/s", "head\nimages/s", "ratio"):
-        table.add_column(name, justify="left" if name == "timing" else "right", overflow="fold")
-    for compared in found:
-        ratio = compared.throughput_ratio
-        table.add_row(
-            escape(compared.subject),
-            str(compared.batch_size),
-            compared.timing.replace("_", " "),
-            per_s(ratio.denominator_median),
-            per_s(ratio.numerator_median),
-            ratio_words(ratio, ".3f") if ratio.low is not None else f"{ratio_words(ratio, '.3f')} (–)",
-        )
-    return table

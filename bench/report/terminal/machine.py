@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from bench.report import columns
+from bench.report.terminal.table import table
 
 if TYPE_CHECKING:
     from bench.machine.findings import Finding
@@ -16,22 +18,16 @@ if TYPE_CHECKING:
 
 def print_findings(findings: Sequence[Finding], out: Console) -> None:
     """What `bench doctor` saw: each finding with its fix below it, and how many there are of each severity."""
-    table = Table.grid(padding=(0, 2))
+    grid = Table.grid(padding=(0, 2))
     for finding in findings:
         colour = {"ok": "green", "warning": "yellow", "error": "red"}[finding.severity]
         told = escape(finding.seen) + ("" if finding.fix is None else f"\n[bold]fix:[/] {escape(finding.fix)}")
-        table.add_row(f"[{colour}]{finding.severity}[/]", escape(finding.check), told)
-    out.print(table)
+        grid.add_row(f"[{colour}]{finding.severity}[/]", escape(finding.check), told)
+    out.print(grid)
     errors, warnings, ok = (sum(f.severity == severity for f in findings) for severity in ("error", "warning", "ok"))
     out.print(f"\nerrors: {errors}, warnings: {warnings}, ok: {ok}")
 
 
 def print_backends(reasons: dict[str, str | None], out: Console) -> None:
     """Every backend: available, or why not and what would fix it."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("backend", overflow="fold")
-    table.add_column("available", overflow="fold")
-    table.add_column("why not, and what would fix it")
-    for name, reason in reasons.items():
-        table.add_row(name, "[green]yes[/]" if reason is None else "[red]no[/]", escape(reason or ""))
-    out.print(table)
+    out.print(table(columns.BACKENDS, reasons.items()))

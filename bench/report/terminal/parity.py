@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from bench.report import columns
 from bench.report.terminal.around import print_absent
-from bench.report.wording import flips_words, number
-from bench.results.parity import ParityVerdict
+from bench.report.terminal.table import table
 from bench.results.schema import Result, SubjectResult
 
 FLIPS_SHOWN = 20
@@ -21,37 +19,7 @@ def print_parity(result: Result, out: Console) -> None:
     """Every flip, then the verdict of every backend and, where it was looked for, the first node that diverges."""
     for subject in result.subjects:
         print_flips(subject, None, out)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in (
-        "backend",
-        "verdict",
-        "images",
-        "top-1 %",
-        "oracle's",
-        "flips",
-        "McNemar b, c",
-        "p",
-        "max error",
-        "RMS error",
-        "× float32's own",
-    ):
-        table.add_column(name, justify="left" if name in ("backend", "verdict") else "right", overflow="fold")
-    for subject in result.subjects:
-        if (parity := subject.parity) is not None:
-            table.add_row(
-                escape(subject.label),
-                verdict_words(parity),
-                f"{parity.images:,}",
-                number(parity.top1_percent, ".2f"),
-                number(parity.oracle_top1_percent, ".2f"),
-                flips_words(parity),
-                "–" if parity.mcnemar is None else f"{parity.mcnemar.b}, {parity.mcnemar.c}",
-                "–" if parity.mcnemar is None else number(parity.mcnemar.p_value, ".3g"),
-                number(parity.max_abs_error, ".2g"),
-                number(parity.rms_error, ".2g"),
-                number(parity.rms_error_in_float32_errors, ".2f"),
-            )
-    out.print(table)
+    out.print(table(columns.PARITY, columns.judged(result)))
     out.print(
         "b: right by the oracle and wrong here, c: the other way round; p: two-sided exact binomial test of b against\n"
         "c. Errors are those of the logits against the float64 oracle's.\n"
@@ -89,8 +57,3 @@ def print_flips(subject: SubjectResult, limit: int | None, out: Console) -> None
         )
     if limit is not None and len(flips) > limit:
         out.print(f"  {escape(subject.label)}: {len(flips) - limit} more flips, see bench parity")
-
-
-def verdict_words(parity: ParityVerdict) -> str:
-    """pass or FAIL, in colour."""
-    return "[green]pass[/]" if parity.passed else "[red]FAIL[/]"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from bench.report import columns
 from bench.report.terminal.run import print_run
+from bench.report.terminal.table import table
 from bench.report.wording import milliseconds, number, ratio_words, spread_words
 from bench.results.studies import Candidate, Pick, Recommendation, Sweep
 
@@ -35,7 +35,7 @@ def print_recommendation(found: Recommendation, sweep: Sweep, out: Console) -> N
     size = "all batch sizes" if found.batch_size is None else f"batch {found.batch_size}"
     out.print(f"[bold]{escape(found.bundle.name)}[/] (bundle {found.bundle.digest[:12]}) on {escape(machine.cpu)}")
     out.print(f"the Pareto front of {found.candidates} measured candidates, {size}:")
-    out.print(_table(found.front))
+    out.print(table(columns.CANDIDATES, found.front))
     out.print(
         "images/s, p99 and × torch are end to end, from raw input to logits; × torch: throughput over eager torch's\n"
         "with all threads, paired by round, with its 95 % bootstrap interval. –: too few samples, or nothing to\n"
@@ -70,25 +70,3 @@ def _told(one: Candidate) -> str:
         f"{one.memory_bytes / 2**20:.0f} MiB of memory",
     ]
     return "; ".join(facts)
-
-
-def _table(found: Iterable[Candidate]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("backend", overflow="fold")
-    names = ("threads", "batch", "images/s", "p99\nms", "× torch", "top-1\n%", "flips", "file\nMB", "memory\nMiB")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-    for one in found:
-        table.add_row(
-            escape(f"{one.backend} {one.variant}"),
-            str(one.threads),
-            str(one.batch_size),
-            spread_words(one.throughput_images_per_s),
-            milliseconds(one.latency_ms.p99),
-            ratio_words(one.times_torch, ".3g"),
-            number(one.top1_percent, ".2f"),
-            number(one.flips, ""),
-            f"{one.file_bytes / 1e6:.2f}",
-            f"{one.memory_bytes / 2**20:.0f}",
-        )
-    return table

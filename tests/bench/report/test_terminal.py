@@ -90,7 +90,7 @@ def test_the_control_has_its_ratio_and_interval(result: Result) -> None:
 def test_failures_are_named_and_the_table_still_there(failed: Result) -> None:
     text = shown(failed, print_run)
     row = next(line.split() for line in text.splitlines() if line.strip().startswith("onnx-cpu  "))
-    assert row[-5:-2] == ["FAIL", "90.00", "23"]
+    assert row[-4:-1] == ["FAIL", "90.00", "23"]
     assert "parity FAILED onnx-cpu (strict): 23 predictions flipped." in text
     assert "image 0, label 7: the oracle says 7 by a margin of 0.25, here 1" in text
     assert "3 more flips" in text

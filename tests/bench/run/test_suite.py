@@ -20,8 +20,9 @@ from bench.cli.exit_codes import suite_exit_code
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.machine.findings import Finding, Severity
+from bench.report.pages import page
 from bench.report.png import COLOURS, _style, draw_latency, draw_throughput
-from bench.report.suite import JSON_NAME, PAGE_NAME, page, write_suite
+from bench.report.suite import JSON_NAME, PAGE_NAME, write_suite
 from bench.results.files import write_result
 from bench.results.load import read_fields, read_result, results_in, suite_of
 from bench.results.roofline import Peak, Survey, Work
@@ -256,7 +257,8 @@ def test_the_page_says_what_the_result_says(suite: Suite, result: Result) -> Non
         assert shown[2].endswith(f"±{device.half_width_percent:.1f}%")
     folded = cells(told, "Folded against unfolded")
     ratio = result.ratios[0].throughput_ratio
-    assert folded[0] == ["onnx-cpu", "1", f"{ratio.median:.3f} ({ratio.low:.3f}…{ratio.high:.3f})", folded[0][3]]
+    words = f"{ratio.median:.3f} ({ratio.low:.3f}…{ratio.high:.3f})"
+    assert folded[0] == ["onnx-cpu", "onnx-cpu:unfolded", "1", words, folded[0][4], "7"]
     parity = cells(told, "Parity")
     assert [row[0] for row in parity] == ["onnx-cpu", "onnx-cpu:unfolded"]
     assert [row[1] for row in parity] == ["pass", "pass"]
@@ -275,7 +277,8 @@ def test_the_page_names_what_is_wrong(suite: Suite, result: Result) -> None:
     told = page(bad)
     assert "parity of `onnx-cpu` (profile strict on the CPU) failed" in told
     assert "`onnx-cpu:unfolded` (profile strict on the CPU) did not finish" in told
-    assert "**FAIL**: 3 predictions flipped" in told
+    assert "| **FAIL** |" in told
+    assert "| 3 predictions flipped |" in told
     assert "`onnx-cpu:unfolded` (profile strict on the CPU) crashed: out of memory" in told
     assert "onnx-cpu:unfolded" not in [row[0] for row in cells(told, "Speed")]
     assert suite_exit_code(bad) == EXIT_NEGATIVE
