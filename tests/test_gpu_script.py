@@ -204,7 +204,7 @@ def test_an_onnxruntime_on_pythonpath_is_the_one_that_workers_use(tmp_path: Path
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('this is the one on PYTHONPATH')\n")
     program = (
-        "from bench.backends.contract import BACKENDS; from bench.run.availability import availability\n"
+        "from bench.backends.registry import BACKENDS; from bench.run.availability import availability\n"
         "for name in set(BACKENDS) - {'onnx-cpu'}: del BACKENDS[name]\n"
         "print(availability(threads=1, timeout_s=60)['onnx-cpu'])"
     )

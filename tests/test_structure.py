@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "results": {"errors", "machine", "backends.contract"},
     "worker": {"machine", "backends", "results"},
     "report": {"errors", "machine", "results"},
-    "run": {"errors", "machine", "backends.contract", "results", "worker"},
+    "run": {"errors", "machine", "backends.contract", "backends.registry", "results", "worker"},
     "sweep": {"errors", "machine", "backends", "results", "run"},
     "cli": {"errors", "machine", "backends", "results", "report", "run", "sweep"},
     "__main__": {"cli"},

@@ -1,17 +1,14 @@
-"""What a backend is, and which there are.
+"""What a backend is: the contract that adapts one runtime on one device, and all that others may know of a runtime.
 
-Owns the contract that adapts one runtime on one device, and the table of backends. Knows no runtime: a backend's file
-is imported when somebody asks for it, and its runtime when somebody uses it.
+Which backends there are is `bench.backends.registry`.
 """
 
 from __future__ import annotations
 
-import importlib
+import json
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
-
-from bench.errors import EXIT_USAGE, BenchError
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from export.bundle import Bundle, FileEntry, Format, TensorSpec
+    from export.bundle import Bundle, FileEntry, Format, Preprocessing, TensorSpec
 
 Device = Literal["cpu", "cuda", "none"]
 Setting = str | int | float | bool
@@ -94,6 +91,42 @@ class Session(Protocol):
         """Give the model and its memory back."""
 
 
+@dataclass(frozen=True)
+class Runnable:
+    """A file and how it is run. `input` is what it takes: the raw input itself where that is `preprocessing.raw`."""
+
+    device: Device
+    path: str
+    threads: int
+    input: TensorSpec
+    output: TensorSpec
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True)
+class Program:
+    """Lines of Python that need the runtime and NumPy (`np`) alone: `load` loads the file, `run` is the body of a
+    function that makes the logits, as a float32 array, of `x`, an array of what the file takes.
+    """
+
+    load: list[str]
+    run: list[str]
+
+
+@dataclass(frozen=True)
+class Server:
+    """How Triton Inference Server runs a runtime's files: its backend, the names of the files there, its parameters.
+
+    `indexed`: the files have no names for what goes in and out, so that the server takes the place from the name.
+    """
+
+    backend: str
+    suffixes: dict[str, str]
+    threads_parameter: str
+    further: tuple[tuple[str, str], ...] = ()
+    indexed: bool = False
+
+
 class Backend(Protocol):
     """One runtime on one device."""
 
@@ -117,6 +150,14 @@ class Backend(Protocol):
     def on_request(self) -> bool:
         """Whether it runs only where somebody names it: a preset of another, or one that takes long to start."""
 
+    @property
+    def shows_fold(self) -> bool:
+        """Whether a suite runs its unfolded file too, to show what folding is worth there."""
+
+    @property
+    def server(self) -> Server | None:
+        """How Triton Inference Server runs its files; None where it can't, or can't as this backend does."""
+
     def unavailable_reason(self) -> str | None:
         """None where this backend can run, else why it can't here and what would change that.
 
@@ -126,29 +167,13 @@ class Backend(Protocol):
     def load(self, bundle: Bundle, options: Options) -> Session:
         """Load the bundle's file for this backend. Raises BundleError, or whatever the runtime raises."""
 
+    def program(self, file: Runnable) -> Program | None:
+        """What a user copies to run a file as this backend does in profile strict; None where there is no such text."""
 
-# One line for each backend: its name, and where the object is.
-BACKENDS: dict[str, str] = {
-    "torch-cpu": "bench.backends.torch_program:CPU",
-    "torch-cuda": "bench.backends.torch_program:CUDA",
-    "graph-cuda": "bench.backends.torch_captured:GRAPH",
-    "compile-cpu": "bench.backends.torch_compiled:CPU",
-    "compile-cuda": "bench.backends.torch_captured:COMPILED",
-    "aoti-cpu": "bench.backends.torch_aot:CPU",
-    "aoti-cuda": "bench.backends.torch_aot:CUDA",
-    "torchscript-cpu": "bench.backends.torchscript:CPU",
-    "torchscript-cuda": "bench.backends.torchscript:CUDA",
-    "onnx-cpu": "bench.backends.onnx:CPU",
-    "onnx-cpu-parallel": "bench.backends.onnx:PARALLEL",
-    "onnx-cpu-basic": "bench.backends.onnx:BASIC",
-    "onnx-cpu-spinless": "bench.backends.onnx:SPINLESS",
-    "onnx-cuda": "bench.backends.onnx:CUDA",
-    "onnx-cuda-nhwc": "bench.backends.onnx:NHWC",
-    "onnx-cuda-eager": "bench.backends.onnx:EAGER",
-    "openvino-cpu": "bench.backends.openvino:LATENCY",
-    "openvino-cpu-throughput": "bench.backends.openvino:THROUGHPUT",
-    "null": "bench.backends.null:NULL",
-}
+
+def text(value: str) -> str:
+    """A string of Python, for a program."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def input_of(bundle: Bundle, options: Options) -> TensorSpec:
@@ -186,16 +211,3 @@ def locate(backend: Backend, bundle: Bundle, options: Options) -> Path:
             "variant."
         )
     return bundle.locate(entry)
-
-
-def find_backend(name: str) -> Backend:
-    """The backend of that name. Raises BenchError (usage) for a name that is not in the table, listing them."""
-    if name not in BACKENDS:
-        raise BenchError(f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}.", EXIT_USAGE)
-    return resolve(BACKENDS[name])
-
-
-def resolve(reference: str) -> Backend:
-    """The backend at ``module:attribute``. A worker process is handed this reference, not the object."""
-    module, _, attribute = reference.partition(":")
-    return cast(Backend, getattr(importlib.import_module(module), attribute))

@@ -16,8 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backends.contract import Backend, Options, Placement, Setting, locate
-from bench.backends.torch_runtime import TorchDevice, TorchSession, configure_torch, torch_unavailable_reason
+from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, locate, text
+from bench.backends.torch_runtime import (
+    TorchDevice,
+    TorchSession,
+    configure_torch,
+    torch_lines,
+    torch_unavailable_reason,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +49,8 @@ class AheadOfTime:
     device: TorchDevice
     reference: ClassVar[bool] = False
     on_request: ClassVar[bool] = False
+    shows_fold: ClassVar[bool] = False
+    server: ClassVar[Server | None] = None
 
     @property
     def name(self) -> str:
@@ -60,6 +68,9 @@ class AheadOfTime:
         if not hasattr(torch._C, "_aoti"):
             return f"torch {torch.__version__} can't load AOTInductor packages. Install torch 2.11 or newer."
         return None
+
+    def program(self, file: Runnable) -> Program:
+        return torch_lines(file, [f"module = torch._inductor.aoti_load_package({text(file.path)})"])
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         import torch

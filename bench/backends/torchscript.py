@@ -10,12 +10,13 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backends.contract import Backend, Options, Placement, Setting, locate
+from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, locate, text
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
     configure_torch,
     stray_tensors,
+    torch_lines,
     torch_unavailable_reason,
 )
 
@@ -39,6 +40,7 @@ class TorchScript:
     formats: ClassVar[tuple[Format, ...]] = ("torchscript",)
     reference: ClassVar[bool] = False
     on_request: ClassVar[bool] = False
+    server: ClassVar[Server | None] = Server("pytorch", {".ts": "model.pt"}, "INTRA_OP_THREAD_COUNT", indexed=True)
 
     @property
     def name(self) -> str:
@@ -53,6 +55,14 @@ class TorchScript:
         if not hasattr(torch.jit, "load"):
             return f"torch {torch.__version__} no longer has TorchScript. Install an older torch to run such files."
         return None
+
+    @property
+    def shows_fold(self) -> bool:
+        return self.device == "cpu"
+
+    def program(self, file: Runnable) -> Program:
+        load = f"module = torch.jit.load({text(file.path)}, map_location={text(file.device)})"
+        return torch_lines(file, [load])
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         import torch

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.backends.contract import BACKENDS, Profile
+from bench.backends.contract import Profile
+from bench.backends.registry import registered
 from bench.cli.options import (
     DEFAULT_BUNDLE,
     DEFAULT_THRESHOLD_PERCENT,
@@ -106,7 +107,7 @@ def run_command(
         threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
-        control=tuple(BACKENDS) if control else (),
+        control=tuple(registered()) if control else (),
         batch_sizes=_batch_sizes(batch_size),
         rounds=rounds,
         survey=True,
@@ -229,7 +230,7 @@ def parity_command(
         threads=threads or usable_cpus(),
         profile=profile,
         timeout_s=timeout,
-        control=tuple(BACKENDS) if control else (),
+        control=tuple(registered()) if control else (),
         bisect="always" if bisect else "failed",
     )
     with shown_progress() as progress:

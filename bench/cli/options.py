@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.backends.contract import Profile, find_backend
+from bench.backends.contract import Profile
+from bench.backends.registry import find_backend
 from bench.errors import EXIT_USAGE, BenchError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.backends.contract import BACKENDS, Placement, Setting
+from bench.backends.contract import Placement, Setting
+from bench.backends.registry import registered
 from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, BenchError
 from bench.machine.environment import Environment, describe
 from bench.results.parity import Bisection, ParityVerdict
@@ -138,7 +139,7 @@ def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[Lane]]:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         try:
             for subject in subjects:
-                job = Job(subject.label, BACKENDS[subject.backend.name], subject.bundle.path, subject.options)
+                job = Job(subject.label, registered()[subject.backend.name], subject.bundle.path, subject.options)
                 lanes.append(Lane(subject, Worker(job, plan.timeout_s, Path(folder))))
             yield lanes
             for lane in lanes:

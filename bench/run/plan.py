@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from bench.backends.contract import BACKENDS, Backend, Device, Options, Profile, file_of, find_backend
+from bench.backends.contract import Backend, Device, Options, Profile, file_of
+from bench.backends.registry import find_backend, registered
 from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
 from bench.results.schema import Skipped
 from bench.results.terms import CONTROL_SUFFIX, label_of
@@ -155,7 +156,7 @@ def check_variants(variants: Sequence[str]) -> None:
 def _choices(plan: Plan) -> tuple[Choice, ...]:
     """Every backend that was named, or that runs without being named, with every variant."""
     check_variants(plan.variants)
-    names = plan.backends or tuple(name for name in BACKENDS if _runs_unasked(find_backend(name), plan.device))
+    names = plan.backends or tuple(name for name in registered() if _runs_unasked(find_backend(name), plan.device))
     return tuple(Choice(name, variant) for name in names for variant in plan.variants)
 
 

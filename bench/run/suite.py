@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.backends.contract import BACKENDS, Profile, find_backend
+from bench.backends.contract import Profile
+from bench.backends.registry import find_backend, registered
 from bench.errors import EXIT_UNAVAILABLE, BenchError
 from bench.machine import sensors
 from bench.machine.doctor import examine
@@ -29,8 +30,6 @@ BATCH_SIZES: dict[SuiteDevice, tuple[int, ...]] = {
     "cuda": (1, 8, 64, 256, 1024, 4096, 16384),
     "cpu": (1, 8, 64, 256, 1024),
 }
-# What the fold is worth, shown on the two formats that are shipped and on torch at its best; more would take the time.
-CONTROLLED = ("onnx-cuda", "onnx-cpu", "torchscript-cpu", "graph-cuda")
 # Each run's part of the time. On the GPU there are more backends, controls and batch sizes; but starting the processes,
 # parity and warming up took a minute of a run there, and 35 s of the CPU's (H100 machine, 16 cores).
 SHARES: dict[SuiteDevice, float] = {"cuda": 1.5, "cpu": 1.0}
@@ -104,7 +103,7 @@ def conduct(wanted: Wanted, keep: Keep, progress: Progress) -> Suite:
 
 def chosen_legs(backends: Sequence[str], gpu: bool) -> list[SuiteRun]:
     """The runs that have something to measure, the most wanted first: a suite that is cut off keeps those."""
-    devices = {find_backend(name).device for name in backends or BACKENDS}
+    devices = {find_backend(name).device for name in backends or registered()}
     legs = [SuiteRun(Profile.STRICT, "cuda"), SuiteRun(Profile.FAST, "cuda"), SuiteRun(Profile.STRICT, "cpu")]
     # A GPU's backend that was named where there is no GPU is for `bench.run.rounds` to refuse.
     return [leg for leg in legs if leg.device in devices and (leg.device == "cpu" or gpu or backends)]
@@ -142,7 +141,7 @@ def _plan(wanted: Wanted, leg: SuiteRun, seconds: float) -> Plan:
 
 def _with_control(plan: Plan) -> Plan:
     """With the unfolded files beside the folded ones, where any backend has both."""
-    controlled = replace(plan, control=CONTROLLED)
+    controlled = replace(plan, control=tuple(name for name in registered() if find_backend(name).shows_fold))
     try:
         select([(None, opened(plan.bundles[0], verified=False))], controlled)
     except BenchError:  # what else may be wrong the run itself says

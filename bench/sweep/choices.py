@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.backends.contract import BACKENDS, Options, Profile, file_of, find_backend
+from bench.backends.contract import Options, Profile, file_of
+from bench.backends.registry import find_backend, registered
 from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, BenchError
 from bench.results.schema import Result, SubjectResult
 from bench.results.studies import LeftOut
@@ -64,7 +65,7 @@ def offered(wanted: Wanted, reasons: dict[str, str | None]) -> tuple[list[Choice
     unavailable for a backend that was named and can't run, or where none can.
     """
     check_variants(wanted.variants)
-    backends = wanted.backends or tuple(name for name in BACKENDS if find_backend(name).formats)
+    backends = wanted.backends or tuple(name for name in registered() if find_backend(name).formats)
     absent = {name: reason for name in backends if (reason := reasons[name]) is not None}
     if absent and (wanted.backends or len(absent) == len(backends)):
         told = " ".join(f"{name} is not available: {reason}" for name, reason in absent.items())
@@ -134,7 +135,7 @@ def default_of(name: str) -> str:
     """The backend that a preset is one of, ``onnx-cpu`` for ``onnx-cpu-parallel``; any other is its own."""
     device = find_backend(name).device
     default = name.partition(f"-{device}")[0] + f"-{device}"
-    return default if default in BACKENDS else name
+    return default if default in registered() else name
 
 
 def slow_to_start(name: str) -> bool:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 
+from bench.backends.contract import Runnable
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
 from bench.results.parity import ParityVerdict
 from bench.results.queries import right_rows, subject_of
 from bench.results.schema import FileFacts, Result, Row, SubjectResult, find_ratio
 from bench.results.studies import RECOMMENDATION_VERSION, Candidate, Pick, Recommendation, Sweep
 from bench.sweep.contenders import exact, memory_bytes
-from bench.sweep.program import Runnable, snippet
+from bench.sweep.program import snippet
 from export.bundle import FLOAT32, TensorSpec, takes_raw
 
 # Two starts of the same process differ by some MB: what is not more apart is no reason to recommend anything.
@@ -179,15 +180,15 @@ def command(sweep: Sweep, one: Candidate) -> str:
 def program(sweep: Sweep, one: Candidate) -> str:
     """What runs the file, without ninefold."""
     return snippet(
+        one.backend,
         Runnable(
-            backend=one.backend,
             device=one.device,
             path=f"{sweep.bundle.path}/{one.file}",
             threads=one.threads,
             input=input_of(sweep, one),
             output=sweep.output,
             preprocessing=sweep.preprocessing,
-        )
+        ),
     )
 
 

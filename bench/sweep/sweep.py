@@ -20,7 +20,8 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
-from bench.backends.contract import Device, find_backend
+from bench.backends.contract import Device
+from bench.backends.registry import find_backend
 from bench.errors import EXIT_NEGATIVE, BenchError
 from bench.results.schema import Result
 from bench.results.studies import SWEEP_VERSION, Sweep

@@ -20,13 +20,13 @@ import importlib
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.backends.contract import Server
+from bench.backends.registry import find_backend
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, BenchError
 from bench.results.studies import Candidate, Recommendation, Sweep
-from bench.sweep.program import runtime_of
 from bench.sweep.recommend import candidates, fastest, fastest_under, input_of
 from export.bundle import Bundle, BundleError, FileEntry, TensorSpec
 
@@ -36,33 +36,6 @@ SCHEMA = "tritonclient.grpc.model_config_pb2"
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float64": "TYPE_FP64"}
 TYPES |= {f"{sign}int{bits}": f"TYPE_{sign.upper()}INT{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 TYPES |= {"bool": "TYPE_BOOL"}
-
-
-@dataclass(frozen=True)
-class Server:
-    """How the server runs the files of a runtime: its backend, the names of the files there, and its parameters.
-
-    `indexed`: TorchScript has no names for what goes in and out, so that the server takes the place from the name.
-    """
-
-    backend: str
-    suffixes: dict[str, str]
-    threads_parameter: str
-    further: tuple[tuple[str, str], ...] = ()
-    indexed: bool = False
-
-
-SERVERS = {
-    "onnx": Server("onnxruntime", {".onnx": "model.onnx"}, "intra_op_thread_count", (("inter_op_thread_count", "1"),)),
-    "openvino": Server(
-        "openvino",
-        {".xml": "model.xml", ".bin": "model.bin", ".onnx": "model.onnx"},
-        "INFERENCE_NUM_THREADS",
-        (("ENABLE_BATCH_PADDING", "YES"),),
-    ),
-    "torchscript": Server("pytorch", {".ts": "model.pt"}, "INTRA_OP_THREAD_COUNT", indexed=True),
-}
-"""By `bench.sweep.program.runtime_of`. Presets are not among them: the server has no such session."""
 
 
 def write_repository(sweep: Sweep, found: Recommendation, folder: Path) -> Path:
@@ -104,7 +77,7 @@ def write_repository(sweep: Sweep, found: Recommendation, folder: Path) -> Path:
 
 def servable(found: Sequence[Candidate], max_p99_ms: float | None) -> Candidate:
     """The best that the server can run. Raises BenchError (negative) where it can run nothing of it."""
-    able = [one for one in found if runtime_of(one.backend, one.device) in SERVERS]
+    able = [one for one in found if find_backend(one.backend).server is not None]
     best = fastest(able) if max_p99_ms is None or not able else fastest_under(able, max_p99_ms)
     if best is None:
         raise BenchError(
@@ -118,7 +91,7 @@ def servable(found: Sequence[Candidate], max_p99_ms: float | None) -> Candidate:
 def config_text(sweep: Sweep, one: Candidate, entry: FileEntry, max_p99_ms: float | None, name: str) -> str:
     """The content of config.pbtxt. Raises BenchError (unavailable) without tritonclient."""
     schema, text_format = _schema()
-    server = SERVERS[runtime_of(one.backend, one.device)]
+    server = _server(one)
     config = schema.ModelConfig(
         name=name,
         backend=server.backend,
@@ -151,8 +124,14 @@ def _dims(spec: TensorSpec) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in spec.shape[1:]]
 
 
+def _server(one: Candidate) -> Server:
+    server = find_backend(one.backend).server
+    assert server is not None, "of those that are servable"
+    return server
+
+
 def _name_there(one: Candidate, file: Path) -> str:
-    return SERVERS[runtime_of(one.backend, one.device)].suffixes[file.suffix]
+    return _server(one).suffixes[file.suffix]
 
 
 def _bundle(sweep: Sweep) -> Bundle:

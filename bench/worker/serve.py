@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from bench.backends.contract import Backend, Options, Session, resolve
+from bench.backends.contract import Backend, Options, Session
+from bench.backends.registry import resolve
 from bench.machine.sensors import energy_j, gpu_memory_of_this_process_bytes
 from bench.results.parity import Bisection
 from bench.results.terms import Timing

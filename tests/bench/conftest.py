@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from bundles import shorten, tamper
 
-from bench.backends.contract import BACKENDS, Profile
+from bench.backends.contract import Profile
+from bench.backends.registry import BACKENDS
 from bench.results.schema import Result
 from bench.run.plan import Plan
 from bench.run.rounds import run

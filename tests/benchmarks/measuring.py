@@ -34,7 +34,8 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from bundles import shorten
 
-from bench.backends.contract import BACKENDS, Options, Profile, Session, resolve
+from bench.backends.contract import Options, Profile, Runnable, Session
+from bench.backends.registry import BACKENDS, resolve
 from bench.report.wording import ratio_words
 from bench.results.derive import slower
 from bench.results.schema import Result
@@ -86,6 +87,11 @@ class Slowed:
     formats: tuple[str, ...] = ("onnx",)
     reference: bool = False
     on_request: bool = True
+    shows_fold: bool = False
+    server: None = None
+
+    def program(self, file: Runnable) -> None:
+        return None
 
     def unavailable_reason(self) -> str | None:
         return resolve(BACKENDS["onnx-cpu"]).unavailable_reason()

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.backends.contract import BACKENDS, Options, find_backend
+from bench.backends.contract import Options
+from bench.backends.registry import BACKENDS, find_backend
 from bench.machine.environment import usable_cpus
 from export.bundle import Bundle
 

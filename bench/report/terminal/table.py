@@ -10,16 +10,17 @@ from rich.table import Table
 
 from bench.report.table import Cell, Column, T, used
 
+SHORT = 12
 COLOURS = {"good": "green", "bad": "red"}
 
 
 def table(columns: Sequence[Column[T]], items: Iterable[T]) -> Table:
-    """The items' lines. A name is broken at its comma: room is dear, and figures are never cut off."""
+    """The items' lines. A long name is broken at its comma: room is dear, and figures are never cut off."""
     lines = list(items)
     shown = used(columns, lines)
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for place, column in enumerate(shown):
-        name = column.name.replace(", ", "\n")
+        name = column.name if len(column.name) <= SHORT else column.name.replace(", ", "\n")
         made.add_column(name, justify="left" if column.words else "right", overflow="fold", no_wrap=not place)
     for item in lines:
         made.add_row(*(_text(column.cell(item)) for column in shown))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.backends.contract import Options, find_backend
+from bench.backends.contract import Options
+from bench.backends.registry import find_backend
 from bench.backends.torch_aot import (
     BuiltForAnotherMachine,
     mismatches,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.backends.contract import BACKENDS, Backend, Options, Profile, find_backend
+from bench.backends.contract import Backend, Options, Profile
+from bench.backends.registry import BACKENDS, brought, find_backend, registered
 from bench.backends.torch_runtime import CpuMemory
 from bench.errors import EXIT_USAGE, BenchError
+from bench.run.plan import Plan
+from bench.run.rounds import run
 from export.bundle import Bundle, Preprocessing, TensorSpec
 
 SLOW = {"compile-cpu"}  # a minute of compiling
@@ -51,6 +55,10 @@ def test_every_backend_keeps_the_contract(name: str, folded: bool, bundle: Bundl
         assert len(reason) > 40, "a reason and a remedy take more words than that"
         pytest.skip(reason)
 
+    keeps_the_contract(backend, folded, bundle)
+
+
+def keeps_the_contract(backend: Backend, folded: bool, bundle: Bundle) -> None:
     oracle = bundle.oracle()
     session = backend.load(bundle, Options(threads=1, folded=folded))
     sizes = (5, 2)
@@ -140,3 +148,34 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(BenchError, match=r"unknown backend 'tensorflow'.*torch-cpu.*onnx-cuda.*null") as caught:
         find_backend("tensorflow")
     assert caught.value.exit_code == EXIT_USAGE
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Another package that brings a backend, and one that would take the place of one of ours."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "support" / "elsewhere"))
+    brought.cache_clear()
+    yield
+    brought.cache_clear()
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("folded", [True, False])
+def test_another_packages_backend_keeps_the_contract(folded: bool, bundle: Bundle) -> None:
+    backend = find_backend("numpy-cpu")
+    assert list(registered()) == [*BACKENDS, "numpy-cpu"]
+    assert find_backend("onnx-cpu").name == "onnx-cpu", "no package takes a name of ours"
+    assert backend.unavailable_reason() is None
+    keeps_the_contract(backend, folded, bundle)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_another_packages_backend_runs_in_a_worker(plan: Callable[..., Plan]) -> None:
+    found = run(plan(backends=("numpy-cpu",), batch_sizes=(), rounds=0), lambda what, done: None)
+    (subject,) = found.subjects
+    assert subject.parity is not None
+    assert subject.parity.passed
+
+
+def test_no_other_package_brings_any() -> None:
+    assert list(registered()) == list(BACKENDS)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from onnx import helper
 
-from bench.backends.contract import BACKENDS, Options, Profile, find_backend
+from bench.backends.contract import Options, Profile
+from bench.backends.registry import BACKENDS, find_backend
 from bench.errors import EXIT_UNAVAILABLE, BenchError
 from bench.results.parity import judge
 from bench.results.schema import Result

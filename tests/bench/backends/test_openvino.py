@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.backends.contract import BACKENDS, Options, Profile, file_of, find_backend
+from bench.backends.contract import Options, Profile, file_of
 from bench.backends.openvino import configuration, placement_of, read_placement
+from bench.backends.registry import BACKENDS, find_backend
 from bench.worker.clock import QUIET_LIMIT_S, wait_until_quiet
 from bench.worker.messages import Evaluate, Evaluated, Job, Loaded
 from bench.worker.process import Worker

@@ -13,9 +13,10 @@ import onnxruntime
 import pytest
 
 from bench.backends import onnx as runtime
-from bench.backends.contract import BACKENDS, Options, find_backend
+from bench.backends.contract import Options
 from bench.backends.onnx import DEFAULT, Onnx, ParallelSession, Preset, open_session
 from bench.backends.pieces import LARGEST, pieces
+from bench.backends.registry import BACKENDS, find_backend
 from export.bundle import Bundle
 
 PRESETS = [name for name in BACKENDS if name.startswith("onnx-") and name.count("-") == 2]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.backends.contract import Options, Profile, find_backend
+from bench.backends.contract import Options, Profile
+from bench.backends.registry import find_backend
 from bench.backends.torchscript import _placement, convolutions_allow_tf32
 from export.bundle import Bundle
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.backends.contract import Options, Profile, Session, find_backend
+from bench.backends.contract import Options, Profile, Session
+from bench.backends.registry import find_backend
 from bench.results.parity import judge, worst_images
 from export.bundle import Bundle, Oracle, Tolerances
 from export.bundle.verdict import ROUNDING

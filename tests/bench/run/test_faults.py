@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 import bench.run.rounds
 import bench.worker.bisect
-from bench.backends.contract import Options, Profile, Session, find_backend
+from bench.backends.contract import Options, Profile, Session
+from bench.backends.registry import find_backend
 from bench.cli.main import app
 from bench.errors import BenchError
 from bench.report.terminal.parity import FLIPS_SHOWN

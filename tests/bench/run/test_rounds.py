@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import bench.run.lanes
-from bench.backends.contract import BACKENDS
+from bench.backends.registry import BACKENDS
 from bench.cli.exit_codes import exit_code
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.results.schema import Result

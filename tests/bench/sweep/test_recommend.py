@@ -15,14 +15,15 @@ import pytest
 from onnx import TensorProto, helper
 from sweeps import MB, TORCH, Figures, sweep_of
 
-from bench.backends.contract import BACKENDS, find_backend
+from bench.backends.contract import Runnable
+from bench.backends.registry import BACKENDS, find_backend
 from bench.cli.main import app
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
 from bench.results.files import write_result
 from bench.results.schema import Failure, Result
 from bench.results.studies import Candidate, Recommendation, Sweep
 from bench.run.plan import Choice, opened
-from bench.sweep.program import RUNTIMES, Runnable, runtime_of, snippet
+from bench.sweep.program import snippet
 from bench.sweep.recommend import candidates, front, recommend
 from export.bundle import Bundle, Preprocessing, TensorSpec
 
@@ -165,13 +166,12 @@ def test_the_command_shows_the_front_and_the_picks(
     assert found == recommend(sweep, None, None)
 
 
-def runnable(backend: str, path: Path, bundle: Bundle, raw: bool = False) -> Runnable:
+def runnable(path: Path, bundle: Bundle, raw: bool = False, threads: int = 1) -> Runnable:
     manifest = bundle.manifest
     return Runnable(
-        backend=backend,
         device="cpu",
         path=str(path),
-        threads=1,
+        threads=threads,
         input=manifest.preprocessing.raw if raw else manifest.input,
         output=manifest.output,
         preprocessing=manifest.preprocessing,
@@ -241,13 +241,13 @@ def test_each_program_makes_the_oracles_logits(bundle: Bundle, tmp_path: Path) -
     raw = with_preprocessing_inside(bundle.path / "model.onnx", tmp_path / "raw.onnx", bundle)
     check(
         [
-            snippet(runnable("onnx-cpu", bundle.path / "model.onnx", bundle)),
-            snippet(runnable("onnx-cpu", raw, bundle, raw=True)),
-            snippet(runnable("onnx-cpu-basic", raw, bundle, raw=True)),
-            snippet(runnable("onnx-cpu-spinless", raw, bundle, raw=True)),
-            snippet(replace(runnable("onnx-cpu-parallel", bundle.path / "model.onnx", bundle), threads=2)),
-            snippet(runnable("torch-cpu", bundle.path / "model.unfolded.pt2", bundle)),
-            snippet(runnable("torchscript-cpu", bundle.path / "model.ts", bundle)),
+            snippet("onnx-cpu", runnable(bundle.path / "model.onnx", bundle)),
+            snippet("onnx-cpu", runnable(raw, bundle, raw=True)),
+            snippet("onnx-cpu-basic", runnable(raw, bundle, raw=True)),
+            snippet("onnx-cpu-spinless", runnable(raw, bundle, raw=True)),
+            snippet("onnx-cpu-parallel", runnable(bundle.path / "model.onnx", bundle, threads=2)),
+            snippet("torch-cpu", runnable(bundle.path / "model.unfolded.pt2", bundle)),
+            snippet("torchscript-cpu", runnable(bundle.path / "model.ts", bundle)),
         ],
         bundle,
         tmp_path,
@@ -259,9 +259,9 @@ def test_the_program_for_openvino_makes_the_oracles_logits(bundle: Bundle, tmp_p
     raw = with_preprocessing_inside(bundle.path / "model.onnx", tmp_path / "raw.onnx", bundle)
     check(
         [
-            snippet(runnable("openvino-cpu", bundle.path / "model.onnx", bundle)),
-            snippet(runnable("openvino-cpu", raw, bundle, raw=True)),
-            snippet(replace(runnable("openvino-cpu-throughput", raw, bundle, raw=True), threads=2)),
+            snippet("openvino-cpu", runnable(bundle.path / "model.onnx", bundle)),
+            snippet("openvino-cpu", runnable(raw, bundle, raw=True)),
+            snippet("openvino-cpu-throughput", runnable(raw, bundle, raw=True, threads=2)),
         ],
         bundle,
         tmp_path,
@@ -278,8 +278,8 @@ def test_the_programs_that_compile_make_the_oracles_logits(bundle: Bundle, tmp_p
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, program, package], check=True, timeout=300)
     check(
         [
-            snippet(runnable("aoti-cpu", package, bundle)),
-            snippet(runnable("compile-cpu", program, bundle)),
+            snippet("aoti-cpu", runnable(package, bundle)),
+            snippet("compile-cpu", runnable(program, bundle)),
         ],
         bundle,
         tmp_path,
@@ -299,7 +299,7 @@ def test_the_program_preprocesses_as_the_bundle_says(tmp_path: Path) -> None:
             raw=TensorSpec(name="raw", dtype="uint8", shape=given), scale=1 / 255, mean=mean, std=(0.5,)
         )
         spec = TensorSpec(name="image", dtype="float32", shape=taken)
-        text = snippet(Runnable("torch-cpu", "cpu", "nowhere", 1, spec, spec, preprocessing))
+        text = snippet("torch-cpu", Runnable("cpu", "nowhere", 1, spec, spec, preprocessing))
         raw = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
         lines = [line.strip() for line in text.splitlines() if line.strip().startswith("x = ")]
         namespace: dict[str, Any] = {"np": np, "raw": raw}
@@ -308,5 +308,9 @@ def test_the_program_preprocesses_as_the_bundle_says(tmp_path: Path) -> None:
 
 
 def test_every_backend_has_a_program() -> None:
-    backends = [find_backend(name) for name in BACKENDS]
-    assert {runtime_of(backend.name, backend.device) for backend in backends if backend.formats} <= RUNTIMES.keys()
+    spec = TensorSpec(name="x", dtype="float32", shape=("batch", 4))
+    preprocessing = Preprocessing(raw=spec, scale=1.0, mean=(0.0,), std=(1.0,))
+    for name in BACKENDS:
+        backend = find_backend(name)
+        lines = backend.program(Runnable(backend.device, "model", 1, spec, spec, preprocessing))
+        assert (lines is not None) == bool(backend.formats)

@@ -19,7 +19,7 @@ from sweeps import MB, TORCH, Figures, Machine, result_of, sweep_of, with_varian
 import bench.sweep.device_runs
 import bench.sweep.folder
 import bench.sweep.sweep
-from bench.backends.contract import BACKENDS
+from bench.backends.registry import BACKENDS
 from bench.cli.exit_codes import sweep_exit_code
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError

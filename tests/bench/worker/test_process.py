@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from bench.backends.contract import BACKENDS, Options
+from bench.backends.contract import Options
+from bench.backends.registry import BACKENDS
 from bench.worker.messages import (
     Available,
     BadBundle,
