@@ -465,7 +465,7 @@ BACKENDS: tuple[Column[tuple[str, str | None]], ...] = (
         lambda value: Cell("yes", "good") if value else Cell("no", "bad"),
         words=True,
     ),
-    Column("why not, and what would fix it", lambda entry: entry[1] or "", words=True),
+    Column("why not and what would fix it", lambda entry: entry[1] or "", words=True),
 )
 FACTS: tuple[Column[tuple[str, str]], ...] = (
     Column("what", lambda pair: pair[0], words=True),

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is started with. Without a bundle it only says whether the backend is available."""
+    """What a worker is started with. Without a bundle it only says whether the backend is available, and then whether
+    each of those at `also` is.
+    """
 
     label: str
     reference: str
     bundle: Path | None
     options: Options
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The child's end of the pipe: load, then answer one request after the other.
 
-The heavy imports happen here. Knows nothing of what the answers mean."""
+The heavy imports happen here. Knows nothing of what the answers mean.
+"""
 
 from __future__ import annotations
 
@@ -75,10 +76,12 @@ def serve(pipe: Connection, job: Job, log: str) -> None:
 
 def _answers(pipe: Connection, job: Job) -> Iterator[Reply]:
     """The first answer after loading, then one for each request."""
+    if job.bundle is None:
+        yield from (_availability(resolve(reference)) for reference in (job.reference, *job.also))
+        return
     backend = resolve(job.reference)
-    reason = backend.unavailable_reason()
-    if reason is not None or job.bundle is None:
-        yield Available() if reason is None else Unavailable(reason)
+    if isinstance(availability := _availability(backend), Unavailable):
+        yield availability
         return
 
     from export.bundle import Bundle
@@ -97,6 +100,11 @@ def _answers(pipe: Connection, job: Job) -> Iterator[Reply]:
     while not isinstance(request := cast(Request, pipe.recv()), Close):
         yield model.answer(request)
     session.close()
+
+
+def _availability(backend: Backend) -> Available | Unavailable:
+    reason = backend.unavailable_reason()
+    return Available() if reason is None else Unavailable(reason)
 
 
 class _Model:

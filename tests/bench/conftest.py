@@ -23,7 +23,18 @@ TamperedBundle = Callable[..., Path]
 def faulty_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers the misbehaving backends under their names in lower case; worker processes find them too."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    faults = ("crashing", "hanging", "hungry", "raising", "transposed", "unavailable", "unloadable", "dying", "lying")
+    faults = (
+        "crashing",
+        "hanging",
+        "hungry",
+        "raising",
+        "transposed",
+        "unavailable",
+        "unloadable",
+        "dying",
+        "lying",
+        "fatal",
+    )
     for name in faults:
         monkeypatch.setitem(BACKENDS, name, f"faulty_backends:{name.upper()}")
 

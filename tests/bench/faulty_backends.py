@@ -88,6 +88,11 @@ class DyingAtLoad(Faulty):
         os._exit(7)
 
 
+class Fatal(Faulty):
+    def unavailable_reason(self) -> str | None:
+        os._exit(7)
+
+
 class Lying(Onnx):
     """onnx-cuda that says it is available, as onnxruntime's own list of providers does, and runs what it was given."""
 
@@ -113,3 +118,4 @@ UNAVAILABLE = Faulty("unavailable", reason="there is no such accelerator. Plug o
 UNLOADABLE = Unloadable("unloadable")
 DYING = DyingAtLoad("dying")
 LYING = Lying("cuda")
+FATAL = Fatal("fatal")

@@ -29,5 +29,10 @@ def print_findings(findings: Sequence[Finding], out: Console) -> None:
 
 
 def print_backends(reasons: dict[str, str | None], out: Console) -> None:
-    """Every backend: available, or why not and what would fix it."""
-    out.print(table(columns.BACKENDS, reasons.items()))
+    """Every backend: available, or why not and what would fix it, each reason once."""
+    first: dict[str, str] = {}
+    lines: list[tuple[str, str | None]] = []
+    for name, reason in reasons.items():
+        same_as = name if reason is None else first.setdefault(reason, name)
+        lines.append((name, reason if same_as == name else f"as {same_as}"))
+    out.print(table(columns.BACKENDS, lines))

@@ -246,10 +246,17 @@ def test_a_bundle_without_labels_has_no_top1(plan: MakePlan, tampered: Callable[
     assert subject.parity.flips == ()
 
 
-def test_availability_asks_each_in_a_process_of_its_own(only: Callable[..., None]) -> None:
-    only("onnx-cpu", "unavailable", "null")
+def test_availability_asks_the_backends_of_a_runtime_in_one_process(only: Callable[..., None]) -> None:
+    """One that takes the process down leaves those before it and after it what they are."""
+    only("onnx-cpu", "unavailable", "fatal", "raising", "null")
     found = availability(threads=1, timeout_s=60)
-    assert found == {"onnx-cpu": None, "null": None, "unavailable": "there is no such accelerator. Plug one in."}
+    assert "crashed while it was tried: the worker ended with exit code 7" in str(found.pop("fatal"))
+    assert found == {
+        "onnx-cpu": None,
+        "null": None,
+        "unavailable": "there is no such accelerator. Plug one in.",
+        "raising": None,
+    }
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinities")
