@@ -199,7 +199,7 @@ def file_of(backend: Backend, bundle: Bundle, options: Options) -> FileEntry | N
     return next((entry for entry in found if entry is not None), None)
 
 
-def locate(backend: Backend, bundle: Bundle, options: Options) -> Path:
+def file_path(backend: Backend, bundle: Bundle, options: Options) -> Path:
     """The path of `file_of`, after its hash was checked. Raises BundleError, also where there is no such file."""
     from export.bundle import BundleError
 

@@ -24,8 +24,8 @@ from bench.backends.contract import (
     Server,
     Session,
     Setting,
+    file_path,
     input_of,
-    locate,
     preparation,
     text,
 )
@@ -165,7 +165,7 @@ class Onnx:
         return Program(load, run)
 
     def load(self, bundle: Bundle, options: Options) -> Session:
-        path = locate(self, bundle, options)
+        path = file_path(self, bundle, options)
         if self.device == "cuda":
             return _load_on_gpu(path, bundle, options, self.preset)
         session = open_session(str(path), "cpu", options, self.preset)

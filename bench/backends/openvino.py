@@ -41,7 +41,7 @@ from bench.backends.contract import (
     Server,
     Session,
     Setting,
-    locate,
+    file_path,
     preparation,
     text,
 )
@@ -114,7 +114,7 @@ class OpenVino:
         return None
 
     def load(self, bundle: Bundle, options: Options) -> Session:
-        return OpenVinoSession(locate(self, bundle, options), bundle, options, self.throughput)
+        return OpenVinoSession(file_path(self, bundle, options), bundle, options, self.throughput)
 
 
 def _compile_lines(file: Runnable, hint: str, streams: int) -> list[str]:

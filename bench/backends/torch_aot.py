@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, locate, text
+from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, file_path, text
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
@@ -76,7 +76,7 @@ class AheadOfTime:
         import torch
 
         configure_torch(options)
-        path = locate(self, bundle, options)
+        path = file_path(self, bundle, options)
         loader_of: Any = torch._C._aoti.AOTIModelPackageLoader
         built_for: dict[str, str] = loader_of.load_metadata_from_package(str(path), MODEL)
         sources = "\n".join(_sources(path))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backends.contract import Backend, Device, Options, Placement, Program, Runnable, Server, Setting, locate
+from bench.backends.contract import Backend, Device, Options, Placement, Program, Runnable, Server, Setting, file_path
 from bench.backends.torch_program import load_program
 from bench.backends.torch_runtime import (
     GpuMemory,
@@ -79,7 +79,7 @@ class CapturedProgram:
 
         configure_torch(options)
         torch.backends.cudnn.benchmark = True
-        module, placement = load_program(locate(self, bundle, options), "cuda")
+        module, placement = load_program(file_path(self, bundle, options), "cuda")
         run: Any = torch.compile(module) if self.compiled else module
         return CapturedSession(run, bundle, options, placement, {"compiled": self.compiled})
 

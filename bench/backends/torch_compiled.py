@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backends.contract import Backend, Device, Options, Program, Runnable, Server, locate
+from bench.backends.contract import Backend, Device, Options, Program, Runnable, Server, file_path
 from bench.backends.torch_program import load_program
 from bench.backends.torch_runtime import (
     TorchSession,
@@ -59,7 +59,7 @@ class CompiledProgram:
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         configure_torch(options)
-        module, placement = load_program(locate(self, bundle, options), "cpu")
+        module, placement = load_program(file_path(self, bundle, options), "cpu")
         return TorchSession(CompiledForEachShape(module), bundle, "cpu", options, placement, {"compiled": True})
 
 

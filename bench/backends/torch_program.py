@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, locate
+from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, file_path
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
@@ -50,7 +50,7 @@ class TorchProgram:
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         configure_torch(options)
-        module, placement = load_program(locate(self, bundle, options), self.device)
+        module, placement = load_program(file_path(self, bundle, options), self.device)
         return TorchSession(module, bundle, self.device, options, placement, {})
 
 

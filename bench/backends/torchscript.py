@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, locate, text
+from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, file_path, text
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
@@ -68,7 +68,7 @@ class TorchScript:
         import torch
 
         configure_torch(options)
-        path = locate(self, bundle, options)
+        path = file_path(self, bundle, options)
         load: Any = torch.jit.load
         with warnings.catch_warnings():
             for kind in (FutureWarning, DeprecationWarning):  # what the module docstring says; which kind depends

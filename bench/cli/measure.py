@@ -32,7 +32,7 @@ from bench.results.terms import Scenario
 
 if TYPE_CHECKING:
     from bench.run.plan import Plan
-    from bench.run.scenario import Wanted
+    from bench.run.scenario import ScenarioRequest
 
 
 # One image as it arrives, a batch that still fits the caches, and one that doesn't.
@@ -87,7 +87,7 @@ def run_command(
     Exit code 1 when a parity failed, a backend did not finish, or LoadGen calls its scenario invalid.
     """
     check_names(backend)
-    wanted = _wanted(scenario, min_duration_s, latency_bound_ms, samples_per_query, batch_size, rounds)
+    request = _scenario_request(scenario, min_duration_s, latency_bound_ms, samples_per_query, batch_size, rounds)
     from bench.report.terminal.console import console
     from bench.report.terminal.run import print_run
     from bench.results.files import check_writable, write_result
@@ -116,8 +116,8 @@ def run_command(
     )
 
     check_writable(target)
-    if wanted is not None:
-        raise typer.Exit(_run_scenario(plan, wanted, target))
+    if request is not None:
+        raise typer.Exit(_run_scenario(plan, request, target))
     with shown_progress() as progress:
         result = run(plan, progress)
     print_run(result, console())
@@ -239,14 +239,14 @@ def parity_command(
     raise typer.Exit(exit_code(result))
 
 
-def _wanted(
+def _scenario_request(
     scenario: Scenario | None,
     min_duration_s: float | None,
     latency_bound_ms: float | None,
     samples_per_query: int | None,
     batch_size: list[int] | None,
     rounds: int | None,
-) -> Wanted | None:
+) -> ScenarioRequest | None:
     """The load that was asked for, None without --scenario. Raises BenchError (usage) for an option that would do
     nothing.
     """
@@ -269,7 +269,7 @@ def _wanted(
             "multi-stream there is --samples-per-query).",
             EXIT_USAGE,
         )
-    from bench.run.scenario import Wanted
+    from bench.run.scenario import ScenarioRequest
 
     images = 1
     if scenario is Scenario.MULTI_STREAM:
@@ -277,7 +277,7 @@ def _wanted(
     elif scenario is Scenario.OFFLINE:
         images = batch_size[0] if batch_size else DEFAULT_BATCH_SIZES[-1]
     bound_ms = (latency_bound_ms or DEFAULT_LATENCY_BOUND_MS) if scenario is Scenario.SERVER else None
-    return Wanted(
+    return ScenarioRequest(
         scenario=scenario,
         min_duration_s=min_duration_s or DEFAULT_MIN_DURATION_S,
         images_per_call=images,
@@ -285,7 +285,7 @@ def _wanted(
     )
 
 
-def _run_scenario(plan: Plan, wanted: Wanted, target: Path) -> int:
+def _run_scenario(plan: Plan, request: ScenarioRequest, target: Path) -> int:
     """Run, print and write; returns the exit code."""
     from bench.cli.exit_codes import scenario_exit_code
     from bench.report.terminal.console import console
@@ -294,7 +294,7 @@ def _run_scenario(plan: Plan, wanted: Wanted, target: Path) -> int:
     from bench.run.scenario import log_folder, run_scenario
 
     with shown_progress() as progress:
-        result = run_scenario(plan, wanted, target, progress)
+        result = run_scenario(plan, request, target, progress)
     print_scenario(result, console())
     write_result(result, target)
     print(f"result: {target}\nLoadGen's logs: {log_folder(target)}")

@@ -63,12 +63,11 @@ def suite_command(
     from bench.cli.exit_codes import suite_exit_code
     from bench.machine.environment import usable_cpus
     from bench.report.suite import PAGE_NAME, check_folder, write_suite
-    from bench.run.suite import Wanted as WantedSuite
-    from bench.run.suite import conduct
+    from bench.run.suite import SuiteRequest, run_suite
 
     target = out or default_place(bundle, "-suite")
     check_folder(target)
-    wanted = WantedSuite(
+    request = SuiteRequest(
         command=command_line(),
         bundle=bundle,
         backends=tuple(backend or ()),
@@ -87,7 +86,7 @@ def suite_command(
 
     try:
         with shown_progress() as progress:
-            suite = conduct(wanted, keep, progress)
+            suite = run_suite(request, keep, progress)
     except (KeyboardInterrupt, Terminated):
         print(f"finished runs kept in {target}: {kept}", file=sys.stderr)
         raise

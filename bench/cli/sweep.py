@@ -82,12 +82,12 @@ def sweep_command(
     from bench.report.terminal.sweep import print_sweep
     from bench.results.files import write_result
     from bench.run.plan import opened
-    from bench.sweep.choices import Wanted
+    from bench.sweep.choices import SweepRequest
     from bench.sweep.folder import OPTION, SweepFolder
-    from bench.sweep.sweep import conduct
+    from bench.sweep.sweep import run_sweep
 
     target = out or default_place(bundle, "-sweep")
-    wanted = Wanted(
+    request = SweepRequest(
         command=command_line(),
         path=bundle.absolute(),
         bundle=opened(bundle, verified=False),  # the runs check its files
@@ -99,10 +99,10 @@ def sweep_command(
         timeout_s=timeout,
         fresh=fresh,
     )
-    folder = SweepFolder(target, wanted.bundle.digest)
+    folder = SweepFolder(target, request.bundle.digest)
     try:
         with shown_progress() as progress:
-            sweep = conduct(wanted, folder, progress)
+            sweep = run_sweep(request, folder, progress)
     except (KeyboardInterrupt, Terminated):
         kept = f"finished runs kept in {target}: {folder.finished()}; the same command goes on from there"
         print(kept, file=sys.stderr)

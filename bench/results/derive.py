@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.results.roofline import Peak, Point, Survey, launch_seconds, locate
+from bench.results.roofline import Peak, Point, Survey, launch_seconds, place_row
 from bench.results.schema import Against, Percentiles, Ratio, Result, Row, Sample, SubjectResult
 from bench.results.statistics import (
     PairedRatio,
@@ -145,7 +145,7 @@ def roofline(rows: Sequence[Row], subjects: Sequence[SubjectResult], surveyed: S
         )
         for row in own:
             device, whole = row.device_resident_throughput_images_per_s, row.end_to_end_throughput_images_per_s
-            found.append(locate(row.subject, row.batch_size, device.median, whole.median, launches, work, peak))
+            found.append(place_row(row.subject, row.batch_size, device.median, whole.median, launches, work, peak))
     return tuple(found)
 
 

@@ -65,7 +65,7 @@ class Point:
     binds: Binding
 
 
-def locate(
+def place_row(
     subject: str,
     batch_size: int,
     device_images_per_s: float,

@@ -47,8 +47,8 @@ FIRST_SHARE, LAST_SHARE = 1 / 2, 1 / 16
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which load is wanted.
+class ScenarioRequest:
+    """Which load is request.
 
     Attributes:
         min_duration_s: how long each run of LoadGen that measures goes on at least.
@@ -62,7 +62,7 @@ class Wanted:
     latency_bound_s: float | None
 
 
-def run_scenario(plan: Plan, wanted: Wanted, target: Path, progress: Progress) -> ScenarioResult:
+def run_scenario(plan: Plan, request: ScenarioRequest, target: Path, progress: Progress) -> ScenarioResult:
     """Put every backend of `plan` under the load, one after the other, and return what was found.
 
     LoadGen's logs are kept beside `target`, the file that the result will be written to (see `log_folder`), replacing
@@ -85,7 +85,7 @@ def run_scenario(plan: Plan, wanted: Wanted, target: Path, progress: Progress) -
             def show(what: str, done: float = place / len(ready.lanes), lane: Lane = lane) -> None:
                 progress(f"{lane.subject.label}: {what}", done)
 
-            test = _Test(plan, wanted, lane, Path(scratch) / _folder_name(lane), show)
+            test = _Test(plan, request, lane, Path(scratch) / _folder_name(lane), show)
             if lane.failure is None:
                 test.run()
             kept = log_folder(target) / _folder_name(lane)
@@ -104,12 +104,12 @@ def run_scenario(plan: Plan, wanted: Wanted, target: Path, progress: Progress) -
         load_1min_at_end=load_1min(),
         cpu_busy_percent_at_end=busy_at_end,
         settings=ScenarioSettings(
-            scenario=wanted.scenario,
+            scenario=request.scenario,
             profile=plan.profile,
             threads=plan.threads,
-            min_duration_s=wanted.min_duration_s,
-            batch_size=wanted.images_per_call,
-            latency_bound_ms=None if wanted.latency_bound_s is None else 1000 * wanted.latency_bound_s,
+            min_duration_s=request.min_duration_s,
+            batch_size=request.images_per_call,
+            latency_bound_ms=None if request.latency_bound_s is None else 1000 * request.latency_bound_s,
             timeout_s=plan.timeout_s,
         ),
         bundles=ready.bundles,
@@ -151,8 +151,10 @@ def highest_rate(holds: Callable[[float], bool], first: float, lowest: float) ->
 class _Test:
     """All runs of LoadGen against one backend. Their logs go to `folder`."""
 
-    def __init__(self, plan: Plan, wanted: Wanted, lane: Lane, folder: Path, show: Callable[[str], None]) -> None:
-        self._plan, self._wanted, self._lane, self._folder, self._show = plan, wanted, lane, folder, show
+    def __init__(
+        self, plan: Plan, request: ScenarioRequest, lane: Lane, folder: Path, show: Callable[[str], None]
+    ) -> None:
+        self._plan, self._request, self._lane, self._folder, self._show = plan, request, lane, folder, show
         self._runs: list[tuple[str, Load, Driven, Summary]] = []
         self._reported: int | None = None
         self._missed: float | None = None
@@ -198,7 +200,7 @@ class _Test:
     def _call_s(self) -> tuple[float, float]:
         """Warm up, and time calls from raw input to logits for a moment: the fastest and the median, in seconds."""
         self._show("warming up")
-        size = self._wanted.images_per_call
+        size = self._request.images_per_call
         self._lane.worker.ask(Prepare(size), Prepared)
         measured = self._lane.worker.ask(Measure(size, self._plan.block_s), Measured)
         durations = [d for block in measured.blocks if block.timing == "end_to_end" for d in block.durations_ns]
@@ -214,22 +216,22 @@ class _Test:
         self._lane.parity = verdict_of(self._lane.subject, logits, oracle)
 
     def _measure(self, fastest_s: float, usual_s: float) -> None:
-        wanted = self._wanted
-        if wanted.scenario is Scenario.SERVER:
+        request = self._request
+        if request.scenario is Scenario.SERVER:
             possible = 1 / max(usual_s, SHORTEST_QUERY_S)
             held, missed = highest_rate(self._holds, FIRST_SHARE * possible, LAST_SHARE * possible)
             self._missed = missed
             reported = missed if held is None else held
             self._reported = [load.queries_per_s for _, load, _, _ in self._runs].index(reported)
-        elif wanted.scenario is Scenario.OFFLINE:
-            rate = 1 / max(fastest_s / wanted.images_per_call, SHORTEST_IMAGE_S)
-            self._show(f"offline, at least {wanted.min_duration_s:g} s")
-            self._perform(self._load(rate), wanted.min_duration_s * usual_s / fastest_s)
+        elif request.scenario is Scenario.OFFLINE:
+            rate = 1 / max(fastest_s / request.images_per_call, SHORTEST_IMAGE_S)
+            self._show(f"offline, at least {request.min_duration_s:g} s")
+            self._perform(self._load(rate), request.min_duration_s * usual_s / fastest_s)
             self._reported = 0
         else:
             rate = 1 / max(fastest_s, SHORTEST_QUERY_S)
-            self._show(f"{wanted.scenario}, at least {wanted.min_duration_s:g} s")
-            self._perform(self._load(rate), max(wanted.min_duration_s, usual_s * P99_MIN_QUERIES))
+            self._show(f"{request.scenario}, at least {request.min_duration_s:g} s")
+            self._perform(self._load(rate), max(request.min_duration_s, usual_s * P99_MIN_QUERIES))
             self._reported = 0
 
     def _holds(self, queries_per_s: float) -> bool:
@@ -238,14 +240,14 @@ class _Test:
         return self._perform(load, longest_s(load)).valid
 
     def _load(self, queries_per_s: float, accuracy: bool = False) -> Load:
-        wanted = self._wanted
+        request = self._request
         return Load(
-            scenario=wanted.scenario,
+            scenario=request.scenario,
             accuracy=accuracy,
-            min_duration_s=wanted.min_duration_s,
-            images_per_call=wanted.images_per_call,
+            min_duration_s=request.min_duration_s,
+            images_per_call=request.images_per_call,
             queries_per_s=queries_per_s,
-            latency_bound_s=wanted.latency_bound_s,
+            latency_bound_s=request.latency_bound_s,
         )
 
     def _perform(self, load: Load, seconds: float) -> Summary:

@@ -39,7 +39,7 @@ NOT_REACHED = "the suite was ended before its turn came"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SuiteRequest:
     """What was asked for. No backends: all that are available. No batch sizes: those of each device."""
 
     command: str
@@ -56,57 +56,57 @@ Keep = Callable[[Suite], None]
 """Told of the suite whenever another run is finished."""
 
 
-def conduct(wanted: Wanted, keep: Keep, progress: Progress) -> Suite:
+def run_suite(request: SuiteRequest, keep: Keep, progress: Progress) -> Suite:
     """Make every run in its turn, and hand over what there is after each.
 
     Raises BenchError: a bad bundle, an unknown backend, one that was asked for and can't run, or nothing at all that
     can. What was finished before has been handed over.
     """
-    started_at, deadline = datetime.now(UTC), time.monotonic() + wanted.time_limit_s
+    started_at, deadline = datetime.now(UTC), time.monotonic() + request.time_limit_s
     gpu = bool(sensors.gpus())
-    legs = chosen_legs(wanted.backends, gpu)
-    left_out = absent(wanted.backends, gpu)
-    raw_bytes_per_image = int(opened(wanted.bundle).oracle().raw[0].nbytes)
+    parts = chosen_runs(request.backends, gpu)
+    left_out = absent(request.backends, gpu)
+    raw_bytes_per_image = int(opened(request.bundle).oracle().raw[0].nbytes)
     progress("looking at the machine", 0.0)
-    findings = tuple(examine(wanted.threads))
+    findings = tuple(examine(request.threads))
     runs: list[Result] = []
 
     def suite(pending: Sequence[SuiteRun]) -> Suite:
-        reached = [LeftOut(what=leg.words, reason=NOT_REACHED, failed=True) for leg in pending]
+        reached = [LeftOut(what=part.words, reason=NOT_REACHED, failed=True) for part in pending]
         return Suite(
             schema_version=SUITE_VERSION,
             kind="suite",
             started_at=started_at,
             finished_at=datetime.now(UTC),
-            time_limit_s=wanted.time_limit_s,
+            time_limit_s=request.time_limit_s,
             raw_bytes_per_image=raw_bytes_per_image,
             findings=findings,
             runs=tuple(runs),
             left_out=(*left_out, *reached),
         )
 
-    for place, leg in enumerate(legs):
-        ahead = sum(SHARES[other.device] for other in legs[place:])
-        seconds = max(0.0, deadline - time.monotonic()) * SHARES[leg.device] / ahead
+    for place, part in enumerate(parts):
+        ahead = sum(SHARES[other.device] for other in parts[place:])
+        seconds = max(0.0, deadline - time.monotonic()) * SHARES[part.device] / ahead
         try:
-            runs.append(run(_plan(wanted, leg, seconds), _part(progress, leg, legs)))
+            runs.append(run(_plan(request, part, seconds), _part(progress, part, parts)))
         except BenchError as error:
-            if error.exit_code != EXIT_UNAVAILABLE or wanted.backends or len(legs) == 1:
+            if error.exit_code != EXIT_UNAVAILABLE or request.backends or len(parts) == 1:
                 raise
-            left_out.append(LeftOut(what=leg.words, reason=str(error), failed=True))
+            left_out.append(LeftOut(what=part.words, reason=str(error), failed=True))
         if runs:
-            keep(suite(legs[place + 1 :]))
+            keep(suite(parts[place + 1 :]))
     if not runs:
         raise BenchError(" ".join(entry.reason for entry in left_out if entry.failed), EXIT_UNAVAILABLE)
     return suite(())
 
 
-def chosen_legs(backends: Sequence[str], gpu: bool) -> list[SuiteRun]:
-    """The runs that have something to measure, the most wanted first: a suite that is cut off keeps those."""
+def chosen_runs(backends: Sequence[str], gpu: bool) -> list[SuiteRun]:
+    """The runs that have something to measure, the most request first: a suite that is cut off keeps those."""
     devices = {find_backend(name).device for name in backends or registered()}
-    legs = [SuiteRun(Profile.STRICT, "cuda"), SuiteRun(Profile.FAST, "cuda"), SuiteRun(Profile.STRICT, "cpu")]
+    parts = [SuiteRun(Profile.STRICT, "cuda"), SuiteRun(Profile.FAST, "cuda"), SuiteRun(Profile.STRICT, "cpu")]
     # A GPU's backend that was named where there is no GPU is for `bench.run.rounds` to refuse.
-    return [leg for leg in legs if leg.device in devices and (leg.device == "cpu" or gpu or backends)]
+    return [part for part in parts if part.device in devices and (part.device == "cpu" or gpu or backends)]
 
 
 def absent(backends: Sequence[str], gpu: bool) -> list[LeftOut]:
@@ -119,22 +119,22 @@ def absent(backends: Sequence[str], gpu: bool) -> list[LeftOut]:
     return found
 
 
-def _plan(wanted: Wanted, leg: SuiteRun, seconds: float) -> Plan:
+def _plan(request: SuiteRequest, part: SuiteRun, seconds: float) -> Plan:
     return _with_control(
         Plan(
-            bundles=(wanted.bundle,),
-            backends=tuple(name for name in wanted.backends if find_backend(name).device == leg.device) or None,
-            device=leg.device,
-            threads=wanted.threads,
-            profile=leg.profile,
-            timeout_s=wanted.timeout_s,
-            batch_sizes=wanted.batch_sizes or BATCH_SIZES[leg.device],
+            bundles=(request.bundle,),
+            backends=tuple(name for name in request.backends if find_backend(name).device == part.device) or None,
+            device=part.device,
+            threads=request.threads,
+            profile=part.profile,
+            timeout_s=request.timeout_s,
+            batch_sizes=request.batch_sizes or BATCH_SIZES[part.device],
             rounds=None,
             survey=True,
             time_limit_s=seconds,
-            block_s=wanted.block_s,
+            block_s=request.block_s,
             bisect="failed",
-            command=wanted.command,
+            command=request.command,
         )
     )
 
@@ -149,8 +149,8 @@ def _with_control(plan: Plan) -> Plan:
     return controlled
 
 
-def _part(progress: Progress, leg: SuiteRun, legs: Sequence[SuiteRun]) -> Progress:
+def _part(progress: Progress, part: SuiteRun, parts: Sequence[SuiteRun]) -> Progress:
     """The progress of one run as that of the whole suite."""
-    total = sum(SHARES[other.device] for other in legs)
-    before = sum(SHARES[other.device] for other in legs[: legs.index(leg)])
-    return lambda what, done: progress(f"{leg.words}: {what}", (before + done * SHARES[leg.device]) / total)
+    total = sum(SHARES[other.device] for other in parts)
+    before = sum(SHARES[other.device] for other in parts[: parts.index(part)])
+    return lambda what, done: progress(f"{part.words}: {what}", (before + done * SHARES[part.device]) / total)

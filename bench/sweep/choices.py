@@ -34,7 +34,7 @@ NOT_REACHED = "the time was over before its turn came: give it more with --time-
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SweepRequest:
     """What was asked for. Nothing named: all that the bundle has, and all that can run here.
 
     `path` is where the bundle is for who uses it later; where that is a link, `bundle` is what it led to. `fresh`: what
@@ -58,32 +58,32 @@ class Wanted:
         return max(self.threads)
 
 
-def offered(wanted: Wanted, reasons: dict[str, str | None]) -> tuple[list[Choice], list[LeftOut]]:
+def offered(request: SweepRequest, reasons: dict[str, str | None]) -> tuple[list[Choice], list[LeftOut]]:
     """Every choice that was asked for, has a file, and can run here; and the backends that can't, by `reasons`.
 
     Raises BenchError: usage for a variant that doesn't exist, bad input for one that the bundle has no file of,
     unavailable for a backend that was named and can't run, or where none can.
     """
-    check_variants(wanted.variants)
-    backends = wanted.backends or tuple(name for name in registered() if find_backend(name).formats)
+    check_variants(request.variants)
+    backends = request.backends or tuple(name for name in registered() if find_backend(name).formats)
     absent = {name: reason for name in backends if (reason := reasons[name]) is not None}
-    if absent and (wanted.backends or len(absent) == len(backends)):
+    if absent and (request.backends or len(absent) == len(backends)):
         told = " ".join(f"{name} is not available: {reason}" for name, reason in absent.items())
         raise BenchError(told, EXIT_UNAVAILABLE)
     choices = [
         Choice(name, variant, threads)
         for name in backends
         if name not in absent
-        for variant in _variants(name, wanted)
-        if _has_file(wanted.bundle, name, variant)
-        for threads in _threads(name, wanted)
+        for variant in _variants(name, request)
+        if _has_file(request.bundle, name, variant)
+        for threads in _threads(name, request)
     ]
     have = {choice.variant for choice in choices}
-    missing = [variant for variant in wanted.variants if variant not in have]
+    missing = [variant for variant in request.variants if variant not in have]
     if missing or not choices:
         kind = f"{missing[0]} file" if missing else "file"
         raise BenchError(
-            f"the bundle at {wanted.bundle.path} has no {kind} that a chosen backend runs ({', '.join(backends)}). "
+            f"the bundle at {request.bundle.path} has no {kind} that a chosen backend runs ({', '.join(backends)}). "
             "Name other backends with --backend, or export the bundle again with what is missing.",
             EXIT_BAD_INPUT,
         )
@@ -97,21 +97,21 @@ def _has_file(bundle: Bundle, name: str, variant: str) -> bool:
     return file_of(backend, bundle, Options(1, Profile.STRICT, not backend.reference, variant)) is not None
 
 
-def _variants(name: str, wanted: Wanted) -> tuple[str, ...]:
+def _variants(name: str, request: SweepRequest) -> tuple[str, ...]:
     """What is slow to start takes minutes for every file: it is tried in float32 alone, unless somebody names it."""
-    if slow_to_start(name) and name not in wanted.backends and not wanted.variants:
+    if slow_to_start(name) and name not in request.backends and not request.variants:
         return (FLOAT32,)
-    return wanted.variants or VARIANTS
+    return request.variants or VARIANTS
 
 
-def _threads(name: str, wanted: Wanted) -> tuple[int, ...]:
+def _threads(name: str, request: SweepRequest) -> tuple[int, ...]:
     """On a GPU the CPU's threads compute nothing. A preset is a way to use many threads, and what is slow to start
     takes minutes: with few they are tried where somebody names them.
     """
     backend = find_backend(name)
-    if backend.device != "cpu" or (backend.on_request and name not in wanted.backends):
-        return (wanted.most_threads,)
-    return wanted.threads
+    if backend.device != "cpu" or (backend.on_request and name not in request.backends):
+        return (request.most_threads,)
+    return request.threads
 
 
 def waves(choices: Sequence[Choice], most_threads: int) -> tuple[list[Choice], list[Choice]]:
@@ -164,18 +164,18 @@ def worth_a_look(
 
 
 def chosen(
-    choices: Sequence[Choice], looks: Sequence[Result], wanted: Wanted, most: int
+    choices: Sequence[Choice], looks: Sequence[Result], request: SweepRequest, most: int
 ) -> tuple[list[Choice], list[LeftOut]]:
     """Whom to measure in full after the looks, the nearest to the best first and at most so many, and for each of the
     others why not.
     """
     seen = {subject.label for look in looks for subject in look.subjects}
     absent = {entry.backend: entry.reason for look in looks for entry in look.skipped}
-    wrong, best = _wrong(looks, wanted.backends), chances(contenders(looks))
+    wrong, best = _wrong(looks, request.backends), chances(contenders(looks))
     left: list[tuple[float, Choice]] = []
     out: list[LeftOut] = []
     for choice in choices:
-        name = label(choice, wanted.most_threads)
+        name = label(choice, request.most_threads)
         if name not in seen:
             out.append(LeftOut(what=name, reason=absent.get(name, NOT_REACHED), failed=True))
         elif name in wrong:
@@ -186,7 +186,7 @@ def chosen(
             left.append((best[name].share if name in best else 1.0, choice))
     ranked = [choice for _, choice in sorted(left, key=lambda one: one[0], reverse=True)]
     for choice in ranked[most:]:
-        name = label(choice, wanted.most_threads)
+        name = label(choice, request.most_threads)
         reached = best[name].words if name in best else "nothing that it could be compared with"
         out.append(LeftOut(what=name, reason=TOO_MANY.format(most=most, reached=reached), failed=False))
     return ranked[:most], out

@@ -16,7 +16,7 @@ from bench.machine.environment import usable_cpus
 from bench.results.schema import Result
 from bench.run.plan import Choice, Plan, Progress
 from bench.run.rounds import run
-from bench.sweep.choices import Wanted, slow_to_start
+from bench.sweep.choices import SweepRequest, slow_to_start
 from bench.sweep.folder import SweepFolder
 
 # Three rounds have a middle one. A block has at least one call.
@@ -37,27 +37,29 @@ STARTING_PER_CPU, COMPILING_PER_CPU = 8, 2
 
 @dataclass(frozen=True)
 class Clock:
-    """The time of the `place`-th leg of `legs`, which share it evenly; `began` is on the clock of `time.monotonic`."""
+    """The time of the `place`-th device_runs of `devices`, which share it evenly; `began` is on the clock of
+    `time.monotonic`.
+    """
 
     began: float
     limit_s: float
     place: int
-    legs: int
+    devices: int
 
-    def share(self, of_leg: float) -> float:
-        """Where a share of the leg is in the whole sweep (0 to 1)."""
-        return (self.place + of_leg) / self.legs
+    def share(self, of_device: float) -> float:
+        """Where a share of the device_runs is in the whole sweep (0 to 1)."""
+        return (self.place + of_device) / self.devices
 
     @property
     def room(self) -> int:
         """How many choices there is time for in full rounds. It depends on the limit alone, not on what is left of it:
         a sweep that goes on later has the same.
         """
-        return max(FEWEST, int((1 - LOOKS_SHARE) * self.limit_s / self.legs / FULL_S))
+        return max(FEWEST, int((1 - LOOKS_SHARE) * self.limit_s / self.devices / FULL_S))
 
-    def left_s(self, of_leg: float) -> float:
-        """Seconds until that share of the leg is over; 0 when it is."""
-        return max(0.0, self.began + self.share(of_leg) * self.limit_s - time.monotonic())
+    def left_s(self, of_device: float) -> float:
+        """Seconds until that share of the device_runs is over; 0 when it is."""
+        return max(0.0, self.began + self.share(of_device) * self.limit_s - time.monotonic())
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,14 @@ class DeviceRuns:
 
     reference: Choice | None
     batch_sizes: tuple[int, ...]
-    wanted: Wanted
+    request: SweepRequest
     folder: SweepFolder
     progress: Progress
     clock: Clock
 
     def looks(self, choices: Sequence[Choice], begin: float, end: float) -> Iterator[Result]:
         """Parity and a few short rounds of all, in as many runs as it takes, until the looks' time is over. `begin` and
-        `end` are shares of the leg, for the progress.
+        `end` are shares of the device_runs, for the progress.
         """
         others = [choice for choice in choices if choice != self.reference]
         groups = grouped(others, usable_cpus(), self.folder.machine.memory_bytes)
@@ -94,25 +96,27 @@ class DeviceRuns:
             groups = [[]]
         for place, group in enumerate(groups):
             begin, end = (LOOKS_SHARE + (1 - LOOKS_SHARE) * at / len(groups) for at in (place, place + 1))
-            plan = replace(self._plan(group, None, FULL_BLOCK_S), time_limit_s=self.wanted.time_limit_s)
+            plan = replace(self._plan(group, None, FULL_BLOCK_S), time_limit_s=self.request.time_limit_s)
             yield self._run("full", plan, begin, end)
 
     def _plan(self, group: Sequence[Choice], rounds: int | None, block_s: float) -> Plan:
         return Plan(
-            bundles=(self.wanted.bundle.path,),
+            bundles=(self.request.bundle.path,),
             backends=None,
             choices=tuple(choice for choice in (self.reference, *group) if choice is not None),
-            threads=self.wanted.most_threads,
+            threads=self.request.most_threads,
             profile=Profile.STRICT,
-            timeout_s=self.wanted.timeout_s,
+            timeout_s=self.request.timeout_s,
             batch_sizes=self.batch_sizes,
             rounds=rounds,
             block_s=block_s,
-            command=self.wanted.command,
+            command=self.request.command,
         )
 
     def _run(self, stage: str, plan: Plan, begin: float, end: float) -> Result:
-        """The run from `begin` to `end`, as shares of the leg. One that may take long gets what is left of the time."""
+        """The run from `begin` to `end`, as shares of the device_runs. One that may take long gets what is left of the
+        time.
+        """
 
         def shown(what: str, done: float) -> None:
             self.progress(f"{stage}: {what}", self.clock.share(begin + done * (end - begin)))

@@ -27,7 +27,7 @@ from bench.results.schema import Result
 from bench.results.studies import SWEEP_VERSION, Sweep
 from bench.run.availability import availability
 from bench.run.plan import Choice, Progress
-from bench.sweep.choices import Wanted, chosen, offered, waves, worth_a_look
+from bench.sweep.choices import SweepRequest, chosen, offered, waves, worth_a_look
 from bench.sweep.device_runs import LOOKS_SHARE, Clock, DeviceRuns
 from bench.sweep.folder import SweepFolder
 from export.bundle import FLOAT32
@@ -36,7 +36,7 @@ from export.bundle import FLOAT32
 BATCH_SIZES: dict[Device, tuple[int, ...]] = {"cpu": (1, 8, 64, 256), "cuda": (1, 8, 64, 256, 1024)}
 
 
-def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
+def run_sweep(request: SweepRequest, folder: SweepFolder, progress: Progress) -> Sweep:
     """Make every run that is not yet in `folder`, and return the whole.
 
     Raises BenchError: a damaged file of the bundle, a variant that it doesn't have, a backend that was named and can't
@@ -44,9 +44,9 @@ def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
     """
     started_at, began = datetime.now(UTC), time.monotonic()
     progress("seeing what can run here", 0.0)
-    reasons = availability(wanted.most_threads, wanted.timeout_s)
-    choices, skipped = offered(wanted, reasons)
-    if wanted.fresh:
+    reasons = availability(request.most_threads, request.timeout_s)
+    choices, skipped = offered(request, reasons)
+    if request.fresh:
         folder.forget()
     by_device: dict[Device, list[Choice]] = {}
     for choice in choices:
@@ -55,21 +55,21 @@ def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
     runs: list[Result] = []
     for place, (device, own) in enumerate(by_device.items()):
         reference = f"torch-{device}"
-        leg = DeviceRuns(
-            reference=None if reasons[reference] is not None else Choice(reference, FLOAT32, wanted.most_threads),
-            batch_sizes=wanted.batch_sizes or BATCH_SIZES[device],
-            wanted=wanted,
+        device_runs = DeviceRuns(
+            reference=None if reasons[reference] is not None else Choice(reference, FLOAT32, request.most_threads),
+            batch_sizes=request.batch_sizes or BATCH_SIZES[device],
+            request=request,
             folder=folder,
             progress=progress,
-            clock=Clock(began, wanted.time_limit_s, place, len(by_device)),
+            clock=Clock(began, request.time_limit_s, place, len(by_device)),
         )
-        first, second = waves(own, wanted.most_threads)
-        looked = list(leg.looks(first, 0.0, LOOKS_SHARE / 2))
-        second, not_worth_it = worth_a_look(second, looked, wanted.most_threads)
-        looked += leg.looks(second, LOOKS_SHARE / 2, LOOKS_SHARE)
-        others = [choice for choice in (*first, *second) if choice != leg.reference]
-        left, out = chosen(others, looked, wanted, leg.clock.room)
-        runs += leg.full_runs(left)
+        first, second = waves(own, request.most_threads)
+        looked = list(device_runs.looks(first, 0.0, LOOKS_SHARE / 2))
+        second, not_worth_it = worth_a_look(second, looked, request.most_threads)
+        looked += device_runs.looks(second, LOOKS_SHARE / 2, LOOKS_SHARE)
+        others = [choice for choice in (*first, *second) if choice != device_runs.reference]
+        left, out = chosen(others, looked, request, device_runs.clock.room)
+        runs += device_runs.full_runs(left)
         looks += looked
         skipped += [*out, *not_worth_it]
     progress("done", 1.0)
@@ -81,12 +81,12 @@ def conduct(wanted: Wanted, folder: SweepFolder, progress: Progress) -> Sweep:
         kind="sweep",
         started_at=started_at,
         finished_at=datetime.now(UTC),
-        command=wanted.command,
-        time_limit_s=wanted.time_limit_s,
-        bundle=runs[0].bundles[0].model_copy(update={"path": str(wanted.path)}),
-        input=wanted.bundle.manifest.input,
-        output=wanted.bundle.manifest.output,
-        preprocessing=wanted.bundle.manifest.preprocessing,
+        command=request.command,
+        time_limit_s=request.time_limit_s,
+        bundle=runs[0].bundles[0].model_copy(update={"path": str(request.path)}),
+        input=request.bundle.manifest.input,
+        output=request.bundle.manifest.output,
+        preprocessing=request.bundle.manifest.preprocessing,
         runs=tuple(runs),
         looks=tuple(looks),
         skipped=tuple(skipped),

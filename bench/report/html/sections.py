@@ -43,7 +43,7 @@ def panel(name: str, result: Result, source: Source, prefix: str) -> list[Html]:
     ]
 
 
-def command_line(result: Result) -> Html:
+def command_block(result: Result) -> Html:
     """The command that made the result, to be copied."""
     if result.command is None:
         return element("p", NO_COMMAND, class_="note")
@@ -66,7 +66,7 @@ def _head(name: str, result: Result) -> Html:
         status([result], ()),
         _bullets(sentences.best(result)),
         element("p", _disturbances(result), class_="warning") if any(_disturbances(result)) else (),
-        command_line(result),
+        command_block(result),
     )
 
 

@@ -16,14 +16,14 @@ from bench.errors import EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.results.scenario import ScenarioResult
 from bench.results.terms import Scenario
 from bench.run.plan import Plan
-from bench.run.scenario import RATE_PRECISION, Wanted, highest_rate, log_folder, run_scenario
+from bench.run.scenario import RATE_PRECISION, ScenarioRequest, highest_rate, log_folder, run_scenario
 
 pytestmark = pytest.mark.usefixtures("faulty_backends")
 MakePlan = Callable[..., Plan]
 
 
-def go(plan: Plan, wanted: Wanted, target: Path) -> ScenarioResult:
-    return run_scenario(plan, wanted, target, lambda what, done: None)
+def go(plan: Plan, request: ScenarioRequest, target: Path) -> ScenarioResult:
+    return run_scenario(plan, request, target, lambda what, done: None)
 
 
 def test_a_run_from_the_command_line(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_a_run_from_the_command_line(small_bundle: Path, tmp_path: Path, monkeyp
 
 
 def test_the_highest_rate_of_a_bound_that_holds(plan: MakePlan, tmp_path: Path) -> None:
-    result = go(plan(backends=("null",)), Wanted(Scenario.SERVER, 0.1, 1, 0.1), tmp_path / "result.json")
+    result = go(plan(backends=("null",)), ScenarioRequest(Scenario.SERVER, 0.1, 1, 0.1), tmp_path / "result.json")
     (row,) = result.rows
     assert row.reported is not None
     assert row.missed_queries_per_s is not None
@@ -92,7 +92,7 @@ def test_the_highest_rate_of_a_bound_that_holds(plan: MakePlan, tmp_path: Path) 
 
 def test_a_bound_that_cannot_hold_is_invalid(plan: MakePlan, tmp_path: Path) -> None:
     """Even a query that computes nothing takes longer than a microsecond."""
-    result = go(plan(backends=("null",)), Wanted(Scenario.SERVER, 0.1, 1, 1e-6), tmp_path / "result.json")
+    result = go(plan(backends=("null",)), ScenarioRequest(Scenario.SERVER, 0.1, 1, 1e-6), tmp_path / "result.json")
     (row,) = result.rows
     assert [run.verdict for run in row.runs] == ["INVALID", "INVALID"]
     assert row.reported == 1
@@ -104,7 +104,7 @@ def test_a_bound_that_cannot_hold_is_invalid(plan: MakePlan, tmp_path: Path) -> 
 def test_without_loadgen_the_extra_is_named(plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
     with pytest.raises(BenchError, match=r"pip install 'ninefold\[mlperf\]'") as caught:
-        go(plan(), Wanted(Scenario.OFFLINE, 0.1, 8, None), tmp_path / "result.json")
+        go(plan(), ScenarioRequest(Scenario.OFFLINE, 0.1, 8, None), tmp_path / "result.json")
     assert caught.value.exit_code == EXIT_UNAVAILABLE
 
 

@@ -29,7 +29,7 @@ from bench.results.roofline import Peak, Survey, Work
 from bench.results.schema import Failure, Result
 from bench.results.studies import LeftOut, Suite, SuiteRun
 from bench.run.plan import Plan
-from bench.run.suite import NOT_REACHED, Wanted, absent, chosen_legs, conduct
+from bench.run.suite import NOT_REACHED, SuiteRequest, absent, chosen_runs, run_suite
 
 ROOT = Path(__file__).parents[3]
 SHOW_THE_FOLD = ("graph-cuda", "torchscript-cpu", "onnx-cpu", "onnx-cuda")
@@ -113,7 +113,7 @@ def test_help_imports_no_runtime() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backends", "gpu", "legs"),
+    ("backends", "gpu", "parts"),
     [
         ((), True, [STRICT_GPU, FAST_GPU, STRICT_CPU]),
         ((), False, [STRICT_CPU]),
@@ -123,8 +123,8 @@ def test_help_imports_no_runtime() -> None:
         (("onnx-cuda",), False, [STRICT_GPU, FAST_GPU]),
     ],
 )
-def test_which_runs_there_are(backends: tuple[str, ...], gpu: bool, legs: list[SuiteRun]) -> None:
-    assert chosen_legs(backends, gpu) == legs
+def test_which_runs_there_are(backends: tuple[str, ...], gpu: bool, parts: list[SuiteRun]) -> None:
+    assert chosen_runs(backends, gpu) == parts
 
 
 def test_what_no_run_is_made_for_is_said() -> None:
@@ -161,8 +161,8 @@ def runs(result: Result, monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 
 @pytest.fixture
-def wanted(small_bundle: Path) -> Wanted:
-    return Wanted(
+def request(small_bundle: Path) -> SuiteRequest:
+    return SuiteRequest(
         command="bench suite",
         bundle=small_bundle,
         backends=(),
@@ -174,10 +174,10 @@ def wanted(small_bundle: Path) -> Wanted:
     )
 
 
-def test_the_runs_share_the_time(runs: Runs, wanted: Wanted) -> None:
+def test_the_runs_share_the_time(runs: Runs, request: SuiteRequest) -> None:
     """What one leaves is for those after it; here none takes any."""
     shares: list[float] = []
-    suite = conduct(wanted, lambda so_far: None, lambda what, done: shares.append(done))
+    suite = run_suite(request, lambda so_far: None, lambda what, done: shares.append(done))
     strict, fast, cpu = runs.plans
     assert [plan.time_limit_s for plan in runs.plans] == pytest.approx([37.5, 60, 100], abs=1)
     assert [(plan.profile, plan.device) for plan in runs.plans] == [
@@ -192,8 +192,8 @@ def test_the_runs_share_the_time(runs: Runs, wanted: Wanted) -> None:
     assert suite_exit_code(suite) == 0
 
 
-def test_named_backends_go_to_the_run_of_their_device(runs: Runs, wanted: Wanted) -> None:
-    conduct(replace(wanted, backends=("torch-cpu", "onnx-cuda")), lambda so_far: None, lambda what, done: None)
+def test_named_backends_go_to_the_run_of_their_device(runs: Runs, request: SuiteRequest) -> None:
+    run_suite(replace(request, backends=("torch-cpu", "onnx-cuda")), lambda so_far: None, lambda what, done: None)
     assert [(plan.backends, plan.control) for plan in runs.plans] == [
         (("onnx-cuda",), SHOW_THE_FOLD),
         (("onnx-cuda",), SHOW_THE_FOLD),
@@ -201,11 +201,11 @@ def test_named_backends_go_to_the_run_of_their_device(runs: Runs, wanted: Wanted
     ]
 
 
-def test_what_is_finished_is_kept_when_it_is_ended(runs: Runs, wanted: Wanted) -> None:
+def test_what_is_finished_is_kept_when_it_is_ended(runs: Runs, request: SuiteRequest) -> None:
     runs.errors[2] = KeyboardInterrupt()
     kept: list[Suite] = []
     with pytest.raises(KeyboardInterrupt):
-        conduct(wanted, kept.append, lambda what, done: None)
+        run_suite(request, kept.append, lambda what, done: None)
     (so_far,) = kept
     assert so_far.runs == (runs.result,)
     missing = [entry for entry in so_far.left_out if entry.failed]
@@ -216,26 +216,26 @@ def test_what_is_finished_is_kept_when_it_is_ended(runs: Runs, wanted: Wanted) -
     assert "profile fast on the GPU could not be measured" in page(so_far)
 
 
-def test_a_run_that_cannot_be_made_is_told_and_the_others_go_on(runs: Runs, wanted: Wanted) -> None:
+def test_a_run_that_cannot_be_made_is_told_and_the_others_go_on(runs: Runs, request: SuiteRequest) -> None:
     runs.errors = {place: BenchError("no CUDA backend can run", EXIT_UNAVAILABLE) for place in (1, 2)}
     kept: list[Suite] = []
-    suite = conduct(wanted, kept.append, lambda what, done: None)
+    suite = run_suite(request, kept.append, lambda what, done: None)
     assert len(suite.runs) == len(kept) == 1
     assert [entry.reason for entry in suite.left_out if entry.failed] == ["no CUDA backend can run"] * 2
     assert suite_exit_code(suite) == EXIT_NEGATIVE
     assert "Not all is well: profile strict on the GPU could not be measured" in page(suite)
 
 
-def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(runs: Runs, wanted: Wanted) -> None:
+def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(runs: Runs, request: SuiteRequest) -> None:
     runs.errors[1] = BenchError("onnx-cuda is not available", EXIT_UNAVAILABLE)
     with pytest.raises(BenchError, match="onnx-cuda is not available"):
-        conduct(replace(wanted, backends=("onnx-cuda",)), lambda so_far: None, lambda what, done: None)
+        run_suite(replace(request, backends=("onnx-cuda",)), lambda so_far: None, lambda what, done: None)
 
 
-def test_where_nothing_can_run_that_is_the_error(runs: Runs, wanted: Wanted) -> None:
+def test_where_nothing_can_run_that_is_the_error(runs: Runs, request: SuiteRequest) -> None:
     runs.errors = {place: BenchError(f"reason {place}", EXIT_UNAVAILABLE) for place in (1, 2, 3)}
     with pytest.raises(BenchError, match="reason 1 reason 2 reason 3") as caught:
-        conduct(wanted, lambda so_far: None, lambda what, done: None)
+        run_suite(request, lambda so_far: None, lambda what, done: None)
     assert caught.value.exit_code == EXIT_UNAVAILABLE
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench.backends.contract import Profile
 from bench.backends.torch_program import read_program
-from bench.results.roofline import Peak, Work, launch_seconds, locate
+from bench.results.roofline import Peak, Work, launch_seconds, place_row
 from bench.worker.peaks import count, survey
 from export.bundle import Bundle
 
@@ -41,7 +41,7 @@ def test_the_articles_work_is_what_its_layers_say(bundle_dir: Path) -> None:
     ],
 )
 def test_what_binds(batch_size: int, device: float, whole: float, launches: float, binds: str) -> None:
-    assert locate("x", batch_size, device, whole, launches, WORK, PEAK).binds == binds
+    assert place_row("x", batch_size, device, whole, launches, WORK, PEAK).binds == binds
 
 
 def test_launches_are_what_the_smallest_batch_takes_beyond_the_ideal() -> None:
@@ -50,7 +50,7 @@ def test_launches_are_what_the_smallest_batch_takes_beyond_the_ideal() -> None:
 
 
 def test_shares_of_the_peaks() -> None:
-    point = locate("x", 100, 10_000.0, 10_000.0, 0.0, WORK, PEAK)
+    point = place_row("x", 100, 10_000.0, 10_000.0, 0.0, WORK, PEAK)
     assert point.arithmetic_percent == pytest.approx(100 * 10_000 * 2e6 / 1e11)
     assert point.memory_percent == pytest.approx(100 * (100 * 1e5 + 1e6) / 1e10 / 0.01)
 

@@ -17,7 +17,7 @@ from bench.backends.contract import (
     Runnable,
     Session,
     Setting,
-    locate,
+    file_path,
     preparation,
 )
 from export.bundle import Bundle, Format
@@ -39,7 +39,7 @@ class Evaluator:
     def load(self, bundle: Bundle, options: Options) -> Session:
         from onnx.reference import ReferenceEvaluator
 
-        evaluator = ReferenceEvaluator(str(locate(self, bundle, options)))
+        evaluator = ReferenceEvaluator(str(file_path(self, bundle, options)))
         return Evaluated(evaluator, preparation(bundle, options), bundle.manifest.input.name)
 
     def program(self, file: Runnable) -> Program | None:
