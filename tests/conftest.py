@@ -71,9 +71,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's data folder with MNIST in it, fetched if it isn't there yet."""
     from trainer import mnist
 
-    folder = ROOT / "data"
-    once(tmp_path_factory, "mnist", lambda _: mnist.load(folder) and None)
-    return folder
+    def fetch(_: Path) -> None:
+        mnist.load(ROOT / "data")
+
+    once(tmp_path_factory, "mnist", fetch)
+    return ROOT / "data"
 
 
 @pytest.fixture(scope="session")

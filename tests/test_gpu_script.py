@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests" / "gpu.py"
+pytestmark = pytest.mark.serial  # its steps have seconds, and what is left over of them counts
 
 
 @pytest.fixture(scope="module")

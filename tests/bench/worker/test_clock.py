@@ -12,6 +12,8 @@ import pytest
 from bench.worker import clock as measure
 from bench.worker.clock import MAX_CALLS_PER_BLOCK, timed_block, wait_until_quiet, warm_up
 
+pytestmark = pytest.mark.serial
+
 
 def test_every_timed_call_is_a_sample() -> None:
     calls = 0
