@@ -195,8 +195,8 @@ def preparation(bundle: Bundle, options: Options) -> Callable[[np.ndarray], np.n
 
 def file_of(backend: Backend, bundle: Bundle, options: Options) -> FileEntry | None:
     """The bundle's file that `backend` runs with these options; None where it has none."""
-    found = (bundle.find(format, options.variant, options.folded) for format in backend.formats)
-    return next((entry for entry in found if entry is not None), None)
+    entries = (bundle.find(format, options.variant, options.folded) for format in backend.formats)
+    return next((entry for entry in entries if entry is not None), None)
 
 
 def file_path(backend: Backend, bundle: Bundle, options: Options) -> Path:

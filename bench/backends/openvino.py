@@ -105,11 +105,11 @@ class OpenVino:
             import openvino
         except (ImportError, OSError) as error:  # OSError: a shared library is missing
             return f"OpenVINO can't be imported ({error}). Install it: python -m pip install 'ninefold[openvino]'"
-        found = openvino.Core().available_devices
-        if DEVICE not in found:
+        devices = openvino.Core().available_devices
+        if DEVICE not in devices:
             return (
-                f"OpenVINO {openvino.__version__} finds no {DEVICE} device here ({', '.join(found) or 'none at all'}): "
-                "it does not support this processor. Try another release: python -m pip install --upgrade openvino"
+                f"OpenVINO {openvino.__version__} finds no {DEVICE} device ({', '.join(devices) or 'none at all'}): it "
+                "does not support this processor. Try another release: python -m pip install --upgrade openvino"
             )
         return None
 

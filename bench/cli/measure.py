@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ from bench.cli.options import (
     ThreadsOption,
     TimeoutOption,
     VariantOption,
+    check_judged,
     check_names,
     command_line,
     default_place,
@@ -95,25 +97,10 @@ def run_command(
     ending = "" if scenario is None else f"-{scenario}"
     target = json or default_place(bundle, f"{ending}.json")
     from bench.cli.exit_codes import exit_code
-    from bench.machine.environment import usable_cpus
-    from bench.run.plan import Plan
     from bench.run.rounds import run
 
-    plan = Plan(
-        bundles=(bundle,),
-        backends=tuple(backend) if backend else None,
-        variants=_variants(variant),
-        command=command_line(),
-        threads=threads or usable_cpus(),
-        profile=profile,
-        timeout_s=timeout,
-        control=tuple(registered()) if control else (),
-        batch_sizes=_batch_sizes(batch_size),
-        rounds=rounds,
-        survey=True,
-        time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
-        block_s=block_ms / 1000,
-    )
+    selection = _selection((bundle,), backend, variant, threads, profile, timeout, control)
+    plan = replace(_in_rounds(selection, batch_size, rounds, block_ms), survey=True)
 
     check_writable(target)
     if request is not None:
@@ -157,31 +144,17 @@ def ab_command(
     if len(bundles) < 2:
         raise BenchError("bench ab compares bundles: name at least two folders, the base first.", EXIT_USAGE)
     from bench.cli.exit_codes import exit_code
-    from bench.machine.environment import usable_cpus
     from bench.report.terminal.comparison import print_comparison
     from bench.report.terminal.console import console
     from bench.report.terminal.run import print_run
     from bench.results.derive import slower
     from bench.results.files import check_writable, write_result
-    from bench.run.plan import Plan
     from bench.run.rounds import run
 
     if json is not None:
         check_writable(json)
-    plan = Plan(
-        bundles=tuple(bundles),
-        backends=tuple(backend) if backend else None,
-        variants=_variants(variant),
-        command=command_line(),
-        threads=threads or usable_cpus(),
-        profile=profile,
-        timeout_s=timeout,
-        batch_sizes=_batch_sizes(batch_size),
-        rounds=rounds,
-        bound=1 - threshold / 100,
-        time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
-        block_s=block_ms / 1000,
-    )
+    selection = _selection(tuple(bundles), backend, variant, threads, profile, timeout)
+    plan = replace(_in_rounds(selection, batch_size, rounds, block_ms), bound=1 - threshold / 100)
     with shown_progress() as progress:
         result = run(plan, progress)
     print_run(result, console())
@@ -212,27 +185,14 @@ def parity_command(
     Exit code 1 when one failed; every changed prediction is listed, and of an ONNX file that failed the first node that
     diverges from the torch graph is named.
     """
-    check_names(backend)
-    if backend and "null" in backend:
-        raise BenchError("null computes nothing, so there is nothing to judge. Leave --backend null out.", EXIT_USAGE)
+    check_judged(backend)
     from bench.cli.exit_codes import exit_code
-    from bench.machine.environment import usable_cpus
     from bench.report.terminal.console import console
     from bench.report.terminal.parity import print_parity
-    from bench.run.plan import Plan
     from bench.run.rounds import run
 
-    plan = Plan(
-        bundles=(bundle,),
-        backends=tuple(backend) if backend else None,
-        variants=_variants(variant),
-        command=command_line(),
-        threads=threads or usable_cpus(),
-        profile=profile,
-        timeout_s=timeout,
-        control=tuple(registered()) if control else (),
-        bisect="always" if bisect else "failed",
-    )
+    selection = _selection((bundle,), backend, variant, threads, profile, timeout, control)
+    plan = replace(selection, bisect="always" if bisect else "failed")
     with shown_progress() as progress:
         result = run(plan, progress)
     print_parity(result, console())
@@ -301,9 +261,37 @@ def _run_scenario(plan: Plan, request: ScenarioRequest, target: Path) -> int:
     return scenario_exit_code(result)
 
 
-def _variants(given: list[str] | None) -> tuple[str, ...]:
-    return tuple(given or ("float32",))
+def _selection(
+    bundles: tuple[Path, ...],
+    backend: list[str] | None,
+    variant: list[str] | None,
+    threads: int | None,
+    profile: Profile,
+    timeout_s: float,
+    control: bool = False,
+) -> Plan:
+    """What runs: with nothing else said, the parity alone."""
+    from bench.machine.environment import usable_cpus
+    from bench.run.plan import Plan
+
+    return Plan(
+        bundles=bundles,
+        backends=tuple(backend) if backend else None,
+        variants=tuple(variant or ("float32",)),
+        command=command_line(),
+        threads=threads or usable_cpus(),
+        profile=profile,
+        timeout_s=timeout_s,
+        control=tuple(registered()) if control else (),
+    )
 
 
-def _batch_sizes(given: list[int] | None) -> tuple[int, ...]:
-    return tuple(sorted(set(given or DEFAULT_BATCH_SIZES)))
+def _in_rounds(selection: Plan, batch_size: list[int] | None, rounds: int | None, block_ms: float) -> Plan:
+    """The selection, to be measured in rounds: in so many, or until they tell little more or the time is over."""
+    return replace(
+        selection,
+        batch_sizes=tuple(sorted(set(batch_size or DEFAULT_BATCH_SIZES))),
+        rounds=rounds,
+        time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
+        block_s=block_ms / 1000,
+    )

@@ -68,10 +68,14 @@ def check_names(names: list[str] | None) -> None:
 
 
 def check_judged(names: list[str] | None) -> None:
-    """As `check_names`, for a command that judges and compares: the backend that computes nothing is none of them."""
+    """As `check_names`, for a command that judges and compares: a backend that computes nothing is none of them."""
     check_names(names)
-    if names and "null" in names:
-        raise BenchError("null is no backend to judge or to compare. Leave --backend null out.", EXIT_USAGE)
+    for name in names or ():
+        if not find_backend(name).formats:
+            raise BenchError(
+                f"{name} computes nothing, so there is nothing to judge or to compare. Leave --backend {name} out.",
+                EXIT_USAGE,
+            )
 
 
 def default_place(bundle: Path, ending: str) -> Path:

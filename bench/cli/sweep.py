@@ -147,12 +147,12 @@ def recommend_command(
     if json is not None:
         check_writable(json)
     swept = read_sweep(sweep)
-    found = recommend(swept, max_p99_ms, batch_size)
-    print_recommendation(found, swept, console())
+    recommendation = recommend(swept, max_p99_ms, batch_size)
+    print_recommendation(recommendation, swept, console())
     if json is not None:
-        write_result(found, json)
+        write_result(recommendation, json)
         print(f"recommendation: {json}")
     if triton is not None:
         from bench.sweep.triton import write_repository
 
-        print(f"Triton model repository: {write_repository(swept, found, triton)}")
+        print(f"Triton model repository: {write_repository(swept, recommendation, triton)}")

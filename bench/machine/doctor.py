@@ -68,28 +68,31 @@ def check_torch(torch: Torch | Broken, gpu: bool) -> Finding:
     return Finding(Severity.OK, "torch", f"torch {torch.version}, CUDA {torch.cuda or 'not built in'}")
 
 
-def check_onnxruntime(found: OnnxRuntime | Broken, gpu: bool) -> Iterator[Finding]:
+def check_onnxruntime(onnxruntime: OnnxRuntime | Broken, gpu: bool) -> Iterator[Finding]:
     """Whether one package, and the right one, owns the onnxruntime that is imported.
 
     onnxruntime and onnxruntime-gpu install into one folder. Installed together, whichever came last has overwritten
     the other's files, and uninstalling either leaves a folder with holes.
     """
     name = "onnxruntime"
-    if isinstance(found, Broken):
-        yield Finding(Severity.ERROR, name, f"it can't be imported: {found.reason}", REINSTALL)
+    if isinstance(onnxruntime, Broken):
+        yield Finding(Severity.ERROR, name, f"it can't be imported: {onnxruntime.reason}", REINSTALL)
         return
-    owners = ", ".join(f"{owner.name} {owner.version}" for owner in found.owners)
-    if found.version is None:
+    owners = ", ".join(f"{owner.name} {owner.version}" for owner in onnxruntime.owners)
+    if onnxruntime.version is None:
         yield Finding(
             Severity.ERROR,
             name,
-            f"{found.folder} holds only leftovers of it, as after one of two packages in one folder was uninstalled",
-            f"delete {found.folder}, then {REINSTALL}",
+            f"{onnxruntime.folder} holds only leftovers of it, as after one of two packages in one folder was "
+            "uninstalled",
+            f"delete {onnxruntime.folder}, then {REINSTALL}",
         )
         return
-    itself = f"{found.package or 'a build without a name'} {found.version}, imported from {found.folder}"
-    if len(found.owners) > 1:
-        names = " ".join(owner.name for owner in found.owners)
+    itself = (
+        f"{onnxruntime.package or 'a build without a name'} {onnxruntime.version}, imported from {onnxruntime.folder}"
+    )
+    if len(onnxruntime.owners) > 1:
+        names = " ".join(owner.name for owner in onnxruntime.owners)
         yield Finding(
             Severity.ERROR,
             name,
@@ -97,8 +100,8 @@ def check_onnxruntime(found: OnnxRuntime | Broken, gpu: bool) -> Iterator[Findin
             f"python -m pip uninstall {names}, then install one of them (onnxruntime-gpu has the CPU provider too)",
         )
         return
-    for owner in found.owners:
-        if owner.version != found.version or found.package not in (None, owner.name):
+    for owner in onnxruntime.owners:
+        if owner.version != onnxruntime.version or onnxruntime.package not in (None, owner.name):
             yield Finding(
                 Severity.WARNING,
                 name,
@@ -106,22 +109,22 @@ def check_onnxruntime(found: OnnxRuntime | Broken, gpu: bool) -> Iterator[Findin
                 REINSTALL,
             )
             return
-    for other in found.others:
+    for other in onnxruntime.others:
         yield Finding(
             Severity.WARNING,
             name,
             f"{other.name} {other.version} is recorded as installed too, and is not what runs: that is {itself}",
             f"python -m pip uninstall {other.name}; where pip can't, delete its .dist-info folder",
         )
-    if gpu and found.cuda is None:
+    if gpu and onnxruntime.cuda is None:
         yield Finding(
             Severity.WARNING,
             name,
             f"{itself}, is built without CUDA, and this machine has an NVIDIA GPU",
             f"python -m pip uninstall {owners.split(' ')[0] or name}, then python -m pip install onnxruntime-gpu",
         )
-    elif not found.others:
-        yield Finding(Severity.OK, name, f"{itself}, CUDA {found.cuda or 'not built in'}")
+    elif not onnxruntime.others:
+        yield Finding(Severity.OK, name, f"{itself}, CUDA {onnxruntime.cuda or 'not built in'}")
 
 
 def check_versions(torch: Torch | Broken, onnxruntime: OnnxRuntime | Broken, gpu: bool) -> Iterator[Finding]:

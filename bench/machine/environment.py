@@ -90,10 +90,10 @@ def cpu_quota(cgroup_root: Path = CGROUP_ROOT, own_cgroup: Path = OWN_CGROUP) ->
     return min(_cgroup_quotas(cgroup_root, own_cgroup), default=None)
 
 
-def _cgroup_quotas(root: Path, own: Path) -> list[float]:
+def _cgroup_quotas(root: Path, membership: Path) -> list[float]:
     """The CPU quotas, in CPUs, of the process's cgroup and of all above it, in version 2 and version 1 of cgroups."""
     try:
-        lines = own.read_text().splitlines()
+        lines = membership.read_text().splitlines()
     except OSError:  # not Linux
         return []
     quotas: list[float] = []

@@ -121,7 +121,9 @@ def whose(file: Path, installed: Iterable[Any]) -> tuple[list[Any], list[Any]]:
 
 def _named(distributions: Sequence[Any]) -> tuple[Distribution, ...]:
     """Each once: a folder that is on the path twice lists its distributions twice."""
-    return tuple(dict.fromkeys(Distribution(_normal(found.name), found.version) for found in distributions))
+    return tuple(
+        dict.fromkeys(Distribution(_normal(distribution.name), distribution.version) for distribution in distributions)
+    )
 
 
 def _normal(name: str) -> str:
@@ -131,8 +133,8 @@ def _normal(name: str) -> str:
 
 def _cudnn_major(requirements: Sequence[str]) -> int | None:
     """The cuDNN that a distribution's extras ask for, as in ``nvidia-cudnn-cu13~=9.0; extra == "cudnn"``."""
-    found = (re.match(r"nvidia-cudnn-cu\d+\s*[~=>]=\s*(\d+)", requirement) for requirement in requirements)
-    return next((int(match[1]) for match in found if match), None)
+    matches = (re.match(r"nvidia-cudnn-cu\d+\s*[~=>]=\s*(\d+)", requirement) for requirement in requirements)
+    return next((int(match[1]) for match in matches if match), None)
 
 
 def _missing(provider: Path, cudnn_major: int | None) -> tuple[str, ...] | None:
@@ -168,5 +170,7 @@ def needed_libraries(file: Path) -> tuple[str, ...]:
         names = next(
             address - at + offset for kind, offset, at, size in segments if kind == load and at <= address < at + size
         )
-        found = (content[names + value : content.find(b"\0", names + value)] for tag, value in entries if tag == needed)
-        return tuple(name.decode() for name in found)
+        names_of_needed = (
+            content[names + value : content.find(b"\0", names + value)] for tag, value in entries if tag == needed
+        )
+        return tuple(name.decode() for name in names_of_needed)

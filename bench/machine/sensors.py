@@ -51,8 +51,8 @@ def read() -> Reading:
 
     frequency = None
     with contextlib.suppress(OSError, NotImplementedError):
-        found = psutil.cpu_freq()
-        frequency = float(found.current) if found and found.current else None
+        clock = psutil.cpu_freq()
+        frequency = float(clock.current) if clock and clock.current else None
     return Reading(frequency, tuple(_read_gpu(handle) for handle in gpus()))
 
 

@@ -157,10 +157,10 @@ def throughput(timing: Timing, name: str | None = None) -> Column[Measured]:
         of_row(lambda row: row.throughput(timing)),
         spread_words,
         fields={
-            "rounds": lambda found: found.n,
-            "throughput_images_per_s": lambda found: found.median,
-            "throughput_low_images_per_s": lambda found: found.low,
-            "throughput_high_images_per_s": lambda found: found.high,
+            "rounds": lambda spread: spread.n,
+            "throughput_images_per_s": lambda spread: spread.median,
+            "throughput_low_images_per_s": lambda spread: spread.low,
+            "throughput_high_images_per_s": lambda spread: spread.high,
         },
     )
 
@@ -182,8 +182,8 @@ def percentile(timing: Timing, percent: int, *, name: str | None = None, bounded
 def _percentile(item: Measured, timing: Timing, percent: int) -> tuple[float | None, float | None] | None:
     if item.row is None:
         return None
-    found: Percentiles = item.row.latency(timing)
-    return getattr(found, f"p{percent}"), getattr(found, f"p{percent}_upper")
+    percentiles: Percentiles = item.row.latency(timing)
+    return getattr(percentiles, f"p{percent}"), getattr(percentiles, f"p{percent}_upper")
 
 
 def p99_at_most(timing: Timing) -> Column[Measured]:
@@ -200,9 +200,9 @@ def ratio(against: Against, timing: Timing, digits: str = ".3g") -> Column[Measu
         return find_ratio(item.result.ratios, against, item.row.subject, item.row.batch_size, timing)
 
     fields: Mapping[str, Callable[[Any], Scalar]] = {
-        f"throughput_ratio_to_{against}": lambda found: found.median,
-        f"throughput_ratio_to_{against}_low": lambda found: found.low,
-        f"throughput_ratio_to_{against}_high": lambda found: found.high,
+        f"throughput_ratio_to_{against}": lambda paired: paired.median,
+        f"throughput_ratio_to_{against}_low": lambda paired: paired.low,
+        f"throughput_ratio_to_{against}_high": lambda paired: paired.high,
     }
     name = f"× {against}, {TIMING_WORDS[timing]}"
     return Column(name, value, ratio_text(digits), optional=True, fields=fields)
@@ -232,8 +232,8 @@ def unbeaten(item: Measured) -> bool:
         return row.end_to_end_throughput_images_per_s.median, -(row.end_to_end_latency_ms.p99 or 0.0)
 
     def beats(other: Row, row: Row) -> bool:
-        theirs, own = goods(other), goods(row)
-        return theirs != own and theirs[0] >= own[0] and theirs[1] >= own[1]
+        theirs, its = goods(other), goods(row)
+        return theirs != its and theirs[0] >= its[0] and theirs[1] >= its[1]
 
     row, right = item.row, [row for row in right_rows(item.result) if row.end_to_end_latency_ms.p99 is not None]
     return row in right and not any(beats(other, row) for other in right if row is not None)
@@ -475,7 +475,7 @@ FACTS: tuple[Column[tuple[str, str]], ...] = (
 
 def _champion(value: Callable[[Row], Any]) -> Callable[[Listed], Any]:
     """Of the fastest row that is right."""
-    return lambda item: None if (found := champion([item.result])) is None else value(found.row)
+    return lambda item: None if (best := champion([item.result])) is None else value(best.row)
 
 
 OVERVIEW: tuple[Column[Listed], ...] = (

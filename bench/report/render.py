@@ -1,7 +1,4 @@
-"""Results in each form that `bench report` knows.
-
-Owns which module makes which form, and what goes to a terminal. Knows nothing of what the forms show.
-"""
+"""Results in each form that `bench report` knows."""
 
 from __future__ import annotations
 

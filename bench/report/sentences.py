@@ -1,8 +1,6 @@
 """What a result says, in sentences: the same ones on every page.
 
-Owns which rows may be called the best, what is wrong with a result, and the words for the machine, the peaks and what
-was left out. The sentences put names between backquotes, as Markdown does. Knows neither tables nor markup, and
-measures nothing.
+Names stand between backquotes, as in Markdown. Which rows may be called the best is `bench.results.queries`.
 """
 
 from __future__ import annotations
@@ -23,17 +21,17 @@ VERSIONS = ("torch", "cuda", "cudnn", "onnxruntime", "openvino")
 
 def fastest_words(results: Sequence[Result]) -> str:
     """Which file on which runtime is the fastest, and whether that is shown."""
-    found = champion(results)
-    if found is None:
+    best = champion(results)
+    if best is None:
         return "Nothing that is right was measured."
-    row, subject = found.row, subject_of(found.result, found.row.subject)
+    row, subject = best.row, subject_of(best.result, best.row.subject)
     file = "" if subject.file is None else f" running `{subject.file.path}`"
-    told = f"`{row.subject}`{file} is the fastest"
-    if found.next is not None and not found.shown:
-        told += f", but not shown to be faster than `{found.next.subject}` at batch {found.next.batch_size:,}"
-    where = "" if len(results) == 1 else f" ({suite_run_of(found.result).words}, {machine_name(found.result)})"
+    claim = f"`{row.subject}`{file} is the fastest"
+    if best.next is not None and not best.shown:
+        claim += f", but not shown to be faster than `{best.next.subject}` at batch {best.next.batch_size:,}"
+    where = "" if len(results) == 1 else f" ({suite_run_of(best.result).words}, {machine_name(best.result)})"
     speed = spread_words(row.end_to_end_throughput_images_per_s)
-    return f"{told}: {speed} images/s end to end, in batches of {row.batch_size:,}{where}."
+    return f"{claim}: {speed} images/s end to end, in batches of {row.batch_size:,}{where}."
 
 
 def verdict(results: Sequence[Result], left_out: Sequence[LeftOut]) -> str:
@@ -128,9 +126,9 @@ def peaks(survey: Survey, raw_bytes_per_image: int | None) -> Iterator[str]:
             )
 
 
-def readings(found: tuple[Reading, Reading]) -> Iterator[str]:
+def readings(pair: tuple[Reading, Reading]) -> Iterator[str]:
     """The sensors before the first block and after the last."""
-    for when, reading in zip(("before", "after"), found, strict=True):
+    for when, reading in zip(("before", "after"), pair, strict=True):
         facts = [f"CPU at {number(reading.cpu_frequency_mhz, ',.0f')} MHz"]
         for gpu in reading.gpus:
             throttled = f", slowed down by: {', '.join(gpu.throttled_by)}" if gpu.throttled_by else ""

@@ -66,11 +66,11 @@ def compare(base: Result, head: Result) -> Comparison:
     failed = {subject.label for subject in head.subjects if subject.failure is not None}
     broken = tuple(dict.fromkeys(subject for subject, _, _ in before if subject in failed))
     computing = {subject.label for subject in head.subjects if subject.computes}
-    found = []
+    shared = []
     for key in (key for key in before if key in after):
         ratio = ratio_of_medians(after[key], before[key])
-        found.append(Compared(*key, key[0] in computing, ratio))
-    if not broken and not any(compared.judged and compared.throughput_ratio.high is not None for compared in found):
+        shared.append(Compared(*key, key[0] in computing, ratio))
+    if not broken and not any(compared.judged and compared.throughput_ratio.high is not None for compared in shared):
         raise BenchError(
             f"nothing can be judged: no backend and batch size is in both results with at least "
             f"{MIN_ROUNDS_FOR_INTERVAL} rounds. The base has {_listed(before)}; the head has "
@@ -79,7 +79,7 @@ def compare(base: Result, head: Result) -> Comparison:
             EXIT_BAD_INPUT,
         )
     return Comparison(
-        found=tuple(found),
+        found=tuple(shared),
         only_in_base=_names(key for key in before if key not in after and key[0] not in broken),
         only_in_head=_names(key for key in after if key not in before),
         broken=broken,
@@ -94,13 +94,13 @@ def regressions(comparison: Comparison, threshold_percent: float) -> list[Compar
 def _throughputs(result: Result) -> dict[Key, list[float]]:
     """Images per second, one for each round, of the subjects that finished."""
     failed = {subject.label for subject in result.subjects if subject.failure is not None}
-    found: dict[Key, list[float]] = {}
+    by_key: dict[Key, list[float]] = {}
     for sample in result.samples:
         if sample.subject not in failed:
             key = sample.subject, sample.batch_size, sample.timing
-            found.setdefault(key, []).append(throughput(sample.batch_size, sample.durations_ns))
+            by_key.setdefault(key, []).append(throughput(sample.batch_size, sample.durations_ns))
     order = {subject.label: place for place, subject in enumerate(result.subjects)}
-    return dict(sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1])))
+    return dict(sorted(by_key.items(), key=lambda item: (order[item[0][0]], item[0][1])))
 
 
 def _names(keys: Iterable[Key]) -> tuple[str, ...]:

@@ -28,10 +28,10 @@ ENERGY_FROM_S = 2.0
 
 def derived(result: Result) -> Result:
     """The result with its rows, roofline and ratios computed anew from its raw samples."""
-    found = rows(result.samples, result.subjects)
+    new_rows = rows(result.samples, result.subjects)
     again = {
-        "rows": found,
-        "roofline": roofline(found, result.subjects, result.survey),
+        "rows": new_rows,
+        "roofline": roofline(new_rows, result.subjects, result.survey),
         "ratios": ratios(result.samples, result.subjects),
     }
     return result.model_copy(update=again)
@@ -44,11 +44,14 @@ def slower(ratios: Sequence[Ratio], threshold_percent: float) -> list[Ratio]:
 
 def rows(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Row, ...]:
     """One row for each subject and batch size that was measured, by subject in the order given."""
-    found = []
+    made = []
     for subject in subjects:
-        own = [sample for sample in samples if sample.subject == subject.label]
-        found += [_row(own, subject, batch_size) for batch_size in sorted({sample.batch_size for sample in own})]
-    return tuple(found)
+        its_samples = [sample for sample in samples if sample.subject == subject.label]
+        made += [
+            _row(its_samples, subject, batch_size)
+            for batch_size in sorted({sample.batch_size for sample in its_samples})
+        ]
+    return tuple(made)
 
 
 def _row(samples: Sequence[Sample], subject: SubjectResult, batch_size: int) -> Row:
@@ -133,20 +136,20 @@ def roofline(rows: Sequence[Row], subjects: Sequence[SubjectResult], surveyed: S
     if surveyed is None:
         return ()
     by_device: dict[str, Peak] = {peak.device: peak for peak in surveyed.peaks}
-    found = []
+    points = []
     for subject in subjects:
-        own = sorted((row for row in rows if row.subject == subject.label), key=lambda row: row.batch_size)
+        its_rows = sorted((row for row in rows if row.subject == subject.label), key=lambda row: row.batch_size)
         peak = by_device.get(subject.device)
-        if not own or peak is None:
+        if not its_rows or peak is None:
             continue
-        smallest, work = own[0], surveyed.work
+        smallest, work = its_rows[0], surveyed.work
         launches = launch_seconds(
             smallest.batch_size, smallest.device_resident_throughput_images_per_s.median, work, peak
         )
-        for row in own:
+        for row in its_rows:
             device, whole = row.device_resident_throughput_images_per_s, row.end_to_end_throughput_images_per_s
-            found.append(place_row(row.subject, row.batch_size, device.median, whole.median, launches, work, peak))
-    return tuple(found)
+            points.append(place_row(row.subject, row.batch_size, device.median, whole.median, launches, work, peak))
+    return tuple(points)
 
 
 def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Ratio, ...]:
@@ -165,7 +168,7 @@ def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tupl
         first = subject.label.replace(LETTER_SIGN + (subject.letter or ""), LETTER_SIGN + (base or ""))
         if subject.letter not in (None, base) and first in labels:
             pairs.append(("base", subject.label, first))
-    found = []
+    made = []
     for against, numerator, denominator in pairs:
         for batch_size in sorted({sample.batch_size for sample in samples}):
             for timing in TIMINGS:
@@ -174,7 +177,7 @@ def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tupl
                 shared = sorted(above.keys() & below.keys())
                 if shared:
                     ratio = paired_ratio([above[r] for r in shared], [below[r] for r in shared])
-                    found.append(
+                    made.append(
                         Ratio(
                             against=against,
                             numerator=numerator,
@@ -184,4 +187,4 @@ def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tupl
                             throughput_ratio=ratio,
                         )
                     )
-    return tuple(found)
+    return tuple(made)

@@ -1,8 +1,4 @@
-"""What a file of results holds, whatever kind it is.
-
-Owns which kinds there are: a run's or a comparison's result, and the suites and sweeps of several. Knows neither how
-they were made nor how they are shown.
-"""
+"""Reading a file of results, whatever kind it is: a run's or a comparison's result, a suite or a sweep of several."""
 
 from __future__ import annotations
 

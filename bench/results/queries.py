@@ -50,7 +50,7 @@ def champion(results: Iterable[Result]) -> Champion | None:
     right = [(row, result) for result in results for row in right_rows(result)]
     if not right:
         return None
-    row, result = max(right, key=lambda found: _images_per_s(found[0]))
+    row, result = max(right, key=lambda pair: _images_per_s(pair[0]))
     others = (other for other in right_rows(result) if other.subject != row.subject)
     return Champion(result, row, max(others, key=_images_per_s, default=None))
 

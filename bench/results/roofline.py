@@ -1,8 +1,7 @@
 """How near a row comes to what the machine could do at best.
 
-Owns counting the model's work, measuring the machine's two peaks (one matrix product, one copy), and the share of them
-that a row reaches: the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009). Counting and measuring happen
-in a process of their own, like everything that imports a runtime. Knows no backend.
+The share that a row reaches of the machine's two peaks, one matrix product and one copy: the roofline model (Williams,
+Waterman, Patterson, CACM 52(4), 2009). Counting and measuring is `bench.worker.peaks`.
 
 The work is that of the unfolded torch.export program. FLOPs are torch's own count, of convolutions and matrix products,
 a multiplication and an addition being two. Bytes are what these layers and the pools read and write once, in float32,

@@ -1,7 +1,6 @@
-"""The result of a run as a file: raw samples first, and what was derived from them.
+"""The result of a run: raw samples first, and what was derived from them. Units stand in the names of its fields.
 
-Owns the schema of the JSON, with units in the names of its fields, writing it whole or not at all, and reading it.
-Knows neither how the samples were taken nor how they are shown.
+Writing it is `bench.results.files`, reading it `bench.results.load`.
 """
 
 from __future__ import annotations
@@ -190,8 +189,8 @@ def find_ratio(
 ) -> PairedRatio | None:
     """The ratio of that backend at that batch size; None where there is none."""
     key = (against, numerator, batch_size, timing)
-    found = (r.throughput_ratio for r in ratios if (r.against, r.numerator, r.batch_size, r.timing) == key)
-    return next(found, None)
+    matching = (r.throughput_ratio for r in ratios if (r.against, r.numerator, r.batch_size, r.timing) == key)
+    return next(matching, None)
 
 
 class Skipped(Frozen):

@@ -26,18 +26,18 @@ def availability(threads: int, timeout_s: float) -> dict[str, str | None]:
         groups = [list(group) for _, group in groupby(sorted(table.items(), key=_runtime), key=_runtime)]
         workers = [(_start(group, threads, timeout_s, Path(folder)), group) for group in groups]
         try:
-            found = dict(entry for worker, group in workers for entry in _answers(worker, group))
+            reasons = dict(entry for worker, group in workers for entry in _answers(worker, group))
         finally:
             for worker, _ in workers:
                 worker.kill()
         for place, (name, where) in enumerate(table.items()):
-            if name not in found:  # it came after one that took its process down: nothing is known of it
+            if name not in reasons:  # it came after one that took its process down: nothing is known of it
                 worker = _start([(name, where)], threads, timeout_s, Path(folder) / f"{place}")
                 try:
-                    found |= dict(_answers(worker, [(name, where)]))
+                    reasons |= dict(_answers(worker, [(name, where)]))
                 finally:
                     worker.kill()
-    return {name: found[name] for name in table}
+    return {name: reasons[name] for name in table}
 
 
 def _runtime(entry: Named) -> str:

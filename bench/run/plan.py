@@ -121,8 +121,8 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
             if first:
                 subjects.append(_subject(chosen[0], bundle, None, plan, folded=False))
             continue
-        found = [subject for choice in chosen for subject in _with_file(choice, bundle, letter, plan)]
-        made = list({subject.label: subject for subject in found}.values())
+        with_files = [subject for choice in chosen for subject in _with_file(choice, bundle, letter, plan)]
+        made = list({subject.label: subject for subject in with_files}.values())
         if not made:
             wanted = ", ".join(dict.fromkeys(choice.variant for choice in chosen))
             reason = (

@@ -77,9 +77,9 @@ def run(plan: Plan, progress: Progress) -> Result:
         subjects=results,
         skipped=ready.skipped,
         samples=samples,
-        rows=(found := rows(samples, results)),
+        rows=(new_rows := rows(samples, results)),
         survey=surveyed,
-        roofline=roofline(found, results, surveyed),
+        roofline=roofline(new_rows, results, surveyed),
         ratios=ratios(samples, results),
         command=plan.command,
     )
@@ -158,8 +158,8 @@ def _enough(plan: Plan, lanes: list[Lane], samples: list[Sample]) -> bool:
     """Whether another round is not needed, for the backends that still run."""
     alive = [subject_result(lane) for lane in lanes if lane.failure is None]
     labels = {subject.label for subject in alive}
-    own = [sample for sample in samples if sample.subject in labels]
-    return enough(own) if plan.bound is None else decided(own, alive, plan.bound)
+    their_samples = [sample for sample in samples if sample.subject in labels]
+    return enough(their_samples) if plan.bound is None else decided(their_samples, alive, plan.bound)
 
 
 def cpus_for(turn: int, threads: int) -> tuple[int, ...] | None:

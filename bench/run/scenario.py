@@ -1,7 +1,7 @@
 """The scenarios of MLPerf Inference: backends under the load that MLPerf LoadGen makes, one at a time.
 
-Owns what LoadGen is asked for (accuracy first, then speed), the search for the highest rate of the server scenario, the
-schema of the result, and where LoadGen's logs are kept. LoadGen says whether a run is valid, `bench.results.parity`
+Owns what LoadGen is asked for (accuracy first, then speed), the search for the highest rate of the server scenario, and
+where LoadGen's logs are kept. LoadGen says whether a run is valid, `bench.results.parity`
 whether its outputs are right. Knows no runtime.
 """
 
@@ -48,7 +48,7 @@ FIRST_SHARE, LAST_SHARE = 1 / 2, 1 / 16
 
 @dataclass(frozen=True)
 class ScenarioRequest:
-    """Which load is request.
+    """Which load was asked for.
 
     Attributes:
         min_duration_s: how long each run of LoadGen that measures goes on at least.

@@ -1,7 +1,6 @@
 """All that can be said of a bundle on one machine: the doctor's findings, then a run in each profile on each device.
 
-Owns which runs there are, how they share the time, the schema of the file, and reading it. Knows nothing of how a run
-works (`bench.run.rounds`) or of how it is shown and written (`bench.report.suite`).
+Owns which runs there are and how they share the time. How a run works is `bench.run.rounds`.
 
 Backends on the GPU and on the CPU have a run each. A ratio is formed on one device only, and a call of the CPU with as
 many images as a GPU takes would leave no time for anything else.
@@ -102,7 +101,7 @@ def run_suite(request: SuiteRequest, keep: Keep, progress: Progress) -> Suite:
 
 
 def chosen_runs(backends: Sequence[str], gpu: bool) -> list[SuiteRun]:
-    """The runs that have something to measure, the most request first: a suite that is cut off keeps those."""
+    """The runs that have something to measure, the most important first: a suite that is cut off keeps those."""
     devices = {find_backend(name).device for name in backends or registered()}
     parts = [SuiteRun(Profile.STRICT, "cuda"), SuiteRun(Profile.FAST, "cuda"), SuiteRun(Profile.STRICT, "cpu")]
     # A GPU's backend that was named where there is no GPU is for `bench.run.rounds` to refuse.
@@ -113,10 +112,10 @@ def absent(backends: Sequence[str], gpu: bool) -> list[LeftOut]:
     """What no run is made for, where nobody chose the backends."""
     if backends:
         return []
-    found = [LeftOut(what="profile fast on the CPU", reason=FAST_ON_CPU, failed=False)]
+    left_out = [LeftOut(what="profile fast on the CPU", reason=FAST_ON_CPU, failed=False)]
     if not gpu:
-        found.append(LeftOut(what="both profiles on the GPU", reason=NO_GPU, failed=False))
-    return found
+        left_out.append(LeftOut(what="both profiles on the GPU", reason=NO_GPU, failed=False))
+    return left_out
 
 
 def _plan(request: SuiteRequest, part: SuiteRun, seconds: float) -> Plan:

@@ -68,8 +68,8 @@ def offered(request: SweepRequest, reasons: dict[str, str | None]) -> tuple[list
     backends = request.backends or tuple(name for name in registered() if find_backend(name).formats)
     absent = {name: reason for name in backends if (reason := reasons[name]) is not None}
     if absent and (request.backends or len(absent) == len(backends)):
-        told = " ".join(f"{name} is not available: {reason}" for name, reason in absent.items())
-        raise BenchError(told, EXIT_UNAVAILABLE)
+        reasons_given = " ".join(f"{name} is not available: {reason}" for name, reason in absent.items())
+        raise BenchError(reasons_given, EXIT_UNAVAILABLE)
     choices = [
         Choice(name, variant, threads)
         for name in backends
@@ -194,8 +194,8 @@ def chosen(
 
 def _wrong(looks: Sequence[Result], named: Sequence[str] = ()) -> dict[str, LeftOut]:
     """What is wrong with those that were looked at, by their labels; who is right is not in it."""
-    found = {subject.label: _what_is_wrong(subject, named) for look in looks for subject in look.subjects}
-    return {name: entry for name, entry in found.items() if entry is not None}
+    entries = {subject.label: _what_is_wrong(subject, named) for look in looks for subject in look.subjects}
+    return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 def _what_is_wrong(subject: SubjectResult, named: Sequence[str]) -> LeftOut | None:

@@ -81,13 +81,13 @@ def memory_bytes(subject: SubjectResult) -> int:
 
 def contenders(looks: Iterable[Result]) -> list[Contender]:
     """Everybody that the looks found right and finished, once: the reference is in all of them."""
-    found: dict[str, Contender] = {}
+    by_label: dict[str, Contender] = {}
     for look in looks:
         rows = right_rows(look)
         for label in dict.fromkeys(row.subject for row in rows):
-            own = [row for row in rows if row.subject == label]
-            found.setdefault(label, _contender(subject_of(look, label), own, look))
-    return list(found.values())
+            its_rows = [row for row in rows if row.subject == label]
+            by_label.setdefault(label, _contender(subject_of(look, label), its_rows, look))
+    return list(by_label.values())
 
 
 def _contender(subject: SubjectResult, rows: Sequence[Row], look: Result) -> Contender:
@@ -99,9 +99,9 @@ def _contender(subject: SubjectResult, rows: Sequence[Row], look: Result) -> Con
         ratio = find_ratio(look.ratios, "torch", subject.label, batch_size, "end_to_end")
         if subject.label == reference or ratio is not None:
             speed[batch_size] = 1.0 if ratio is None else ratio.median
-        call, own = calls.get(batch_size), row.end_to_end_latency_ms.p99
-        if call is not None and own is not None:
-            p99[batch_size] = own / call
+        call, its_p99 = calls.get(batch_size), row.end_to_end_latency_ms.p99
+        if call is not None and its_p99 is not None:
+            p99[batch_size] = its_p99 / call
     return Contender(
         label=subject.label,
         speed=speed,
@@ -115,33 +115,41 @@ def _contender(subject: SubjectResult, rows: Sequence[Row], look: Result) -> Con
 
 def chances(everybody: Sequence[Contender]) -> dict[str, Chance]:
     """The best chance of each, by label. Whoever could not be compared has none."""
-    found: dict[str, list[Chance]] = {one.label: [] for one in everybody}
+    by_label: dict[str, list[Chance]] = {contender.label: [] for contender in everybody}
     for kind, members in _kinds(everybody).items():
-        for batch_size in sorted({size for one in members for size in one.speed}):
-            timed = [one for one in members if batch_size in one.speed]
-            fastest = max(timed, key=lambda one: one.speed[batch_size])
-            for one in timed:
-                share = one.speed[batch_size] / fastest.speed[batch_size]
-                found[one.label].append(Chance(share, fastest.label, batch_size, f"throughput, {kind}"))
-            steady = [one for one in members if batch_size in one.p99]
-            for one in steady:
+        for batch_size in sorted({size for contender in members for size in contender.speed}):
+            timed = [contender for contender in members if batch_size in contender.speed]
+            fastest = max(timed, key=lambda contender: contender.speed[batch_size])
+            for contender in timed:
+                share = contender.speed[batch_size] / fastest.speed[batch_size]
+                by_label[contender.label].append(Chance(share, fastest.label, batch_size, f"throughput, {kind}"))
+            steady = [contender for contender in members if batch_size in contender.p99]
+            for contender in steady:
                 best = min(steady, key=lambda other: other.p99[batch_size])
-                share = best.p99[batch_size] / one.p99[batch_size]
-                found[one.label].append(Chance(share, best.label, batch_size, f"p99, {kind}"))
-    return {name: max(own, key=lambda chance: chance.share) for name, own in found.items() if own}
+                share = best.p99[batch_size] / contender.p99[batch_size]
+                by_label[contender.label].append(Chance(share, best.label, batch_size, f"p99, {kind}"))
+    return {
+        name: max(its_chances, key=lambda chance: chance.share) for name, its_chances in by_label.items() if its_chances
+    }
 
 
 def _kinds(everybody: Sequence[Contender]) -> dict[str, list[Contender]]:
     """What somebody can be the best of, in words, with its members."""
-    smallest = min((one.file_bytes for one in everybody), default=0)
-    least = min((one.memory_bytes for one in everybody), default=0)
-    most_right = max((one.top1_percent for one in everybody if one.top1_percent is not None), default=None)
+    smallest = min((contender.file_bytes for contender in everybody), default=0)
+    least = min((contender.memory_bytes for contender in everybody), default=0)
+    most_right = max(
+        (contender.top1_percent for contender in everybody if contender.top1_percent is not None), default=None
+    )
     return {
         "of all": list(everybody),
-        "of those without a flip": [one for one in everybody if one.exact],
+        "of those without a flip": [contender for contender in everybody if contender.exact],
         "of those with the most right answers": [
-            one for one in everybody if most_right is not None and one.top1_percent == most_right
+            contender for contender in everybody if most_right is not None and contender.top1_percent == most_right
         ],
-        "of those with the smallest file": [one for one in everybody if one.file_bytes <= SAME_BYTES * smallest],
-        "of those with the least memory": [one for one in everybody if one.memory_bytes <= SAME_MEMORY * least],
+        "of those with the smallest file": [
+            contender for contender in everybody if contender.file_bytes <= SAME_BYTES * smallest
+        ],
+        "of those with the least memory": [
+            contender for contender in everybody if contender.memory_bytes <= SAME_MEMORY * least
+        ],
     }

@@ -37,7 +37,7 @@ STARTING_PER_CPU, COMPILING_PER_CPU = 8, 2
 
 @dataclass(frozen=True)
 class Clock:
-    """The time of the `place`-th device_runs of `devices`, which share it evenly; `began` is on the clock of
+    """The time of the `place`-th device of `devices`, which share it evenly; `began` is on the clock of
     `time.monotonic`.
     """
 
@@ -47,7 +47,7 @@ class Clock:
     devices: int
 
     def share(self, of_device: float) -> float:
-        """Where a share of the device_runs is in the whole sweep (0 to 1)."""
+        """Where a share of the device's time is in the whole sweep (0 to 1)."""
         return (self.place + of_device) / self.devices
 
     @property
@@ -58,7 +58,7 @@ class Clock:
         return max(FEWEST, int((1 - LOOKS_SHARE) * self.limit_s / self.devices / FULL_S))
 
     def left_s(self, of_device: float) -> float:
-        """Seconds until that share of the device_runs is over; 0 when it is."""
+        """Seconds until that share of the device's time is over; 0 when it is."""
         return max(0.0, self.began + self.share(of_device) * self.limit_s - time.monotonic())
 
 
@@ -77,7 +77,7 @@ class DeviceRuns:
 
     def looks(self, choices: Sequence[Choice], begin: float, end: float) -> Iterator[Result]:
         """Parity and a few short rounds of all, in as many runs as it takes, until the looks' time is over. `begin` and
-        `end` are shares of the device_runs, for the progress.
+        `end` are shares of the device's time, for the progress.
         """
         others = [choice for choice in choices if choice != self.reference]
         groups = grouped(others, usable_cpus(), self.folder.machine.memory_bytes)
@@ -114,8 +114,8 @@ class DeviceRuns:
         )
 
     def _run(self, stage: str, plan: Plan, begin: float, end: float) -> Result:
-        """The run from `begin` to `end`, as shares of the device_runs. One that may take long gets what is left of the
-        time.
+        """The run from `begin` to `end`, as shares of the device's time. One that may take long gets what is left of
+        the time.
         """
 
         def shown(what: str, done: float) -> None:

@@ -1,6 +1,6 @@
 """The folder of a sweep: what is finished stands in it, so that an interrupted sweep goes on where it was.
 
-Owns the names of the files, and what makes a run in a file the run that is request now. Knows nothing of which runs
+Owns the names of the files, and what makes a run in a file the run that is wanted now. Knows nothing of which runs
 there are.
 
 A run is a file of its own, whole or absent. Its name holds a hash of all that decides its figures: the bundle, the
@@ -61,9 +61,9 @@ class SweepFolder:
         path = self.path / f"run-{stage}-{self._key(plan)}.json"
         if path.exists():
             return read_result(path)
-        found = make()
-        write_result(found, path, OPTION)
-        return found
+        made = make()
+        write_result(made, path, OPTION)
+        return made
 
     def _key(self, plan: Plan) -> str:
         """The hash. The time limit in it is that of the sweep: what is left for a run is other at every start."""

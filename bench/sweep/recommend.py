@@ -31,11 +31,11 @@ def recommend(sweep: Sweep, max_p99_ms: float | None, batch_size: int | None) ->
     Raises BenchError: usage for a batch size that was not measured, negative where nothing is right, or nothing holds
     `max_p99_ms`.
     """
-    found = candidates(sweep, batch_size)
+    measured = candidates(sweep, batch_size)
     picks: list[Pick] = []
     lacking: list[str] = []
     for respect, best in respects(max_p99_ms).items():
-        chosen = best(found)
+        chosen = best(measured)
         if chosen is None:
             lacking.append(respect)
         else:
@@ -48,8 +48,8 @@ def recommend(sweep: Sweep, max_p99_ms: float | None, batch_size: int | None) ->
         bundle=sweep.bundle,
         max_p99_ms=max_p99_ms,
         batch_size=batch_size,
-        candidates=len(found),
-        front=tuple(front(found)),
+        candidates=len(measured),
+        front=tuple(front(measured)),
         picks=tuple(picks),
         lacking=tuple(lacking),
     )
@@ -57,24 +57,24 @@ def recommend(sweep: Sweep, max_p99_ms: float | None, batch_size: int | None) ->
 
 def candidates(sweep: Sweep, batch_size: int | None = None) -> list[Candidate]:
     """Every row of the full runs that is right, once: the reference's of the first run it is in. Raises BenchError."""
-    found: dict[tuple[str, int], Candidate] = {}
+    by_row: dict[tuple[str, int], Candidate] = {}
     for result in sweep.runs:
         for row in right_rows(result):
             subject = subject_of(result, row.subject)
             if subject.file is not None and subject.parity is not None:
-                found.setdefault(
+                by_row.setdefault(
                     (row.subject, row.batch_size), _candidate(result, row, subject, subject.file, subject.parity)
                 )
-    if not found:
+    if not by_row:
         raise BenchError("nothing can be recommended: no file in this sweep is right and was measured.", EXIT_NEGATIVE)
-    sizes = sorted({size for _, size in found})
+    sizes = sorted({size for _, size in by_row})
     if batch_size is not None and batch_size not in sizes:
         raise BenchError(
             f"--batch-size {batch_size} is not in this sweep; it has {', '.join(map(str, sizes))}. Name one of those, "
             "or sweep again with that size.",
             EXIT_USAGE,
         )
-    return [one for (_, size), one in found.items() if batch_size in (None, size)]
+    return [candidate for (_, size), candidate in by_row.items() if batch_size in (None, size)]
 
 
 def _candidate(result: Result, row: Row, subject: SubjectResult, file: FileFacts, parity: ParityVerdict) -> Candidate:
@@ -97,27 +97,27 @@ def _candidate(result: Result, row: Row, subject: SubjectResult, file: FileFacts
     )
 
 
-def front(found: Sequence[Candidate]) -> list[Candidate]:
+def front(measured: Sequence[Candidate]) -> list[Candidate]:
     """Those that none other beats: as good in every respect, and better in one. The largest throughput first."""
-    goods = [(one, _goods(one)) for one in found]
-    left = [one for one, own in goods if not any(_beats(other, own) for _, other in goods)]
+    goods = [(candidate, _goods(candidate)) for candidate in measured]
+    left = [candidate for candidate, its_goods in goods if not any(_beats(other, its_goods) for _, other in goods)]
     return sorted(left, key=_throughput, reverse=True)
 
 
-def _goods(one: Candidate) -> tuple[float, ...]:
+def _goods(candidate: Candidate) -> tuple[float, ...]:
     """In each respect a number of which more is better. A p99 that too few calls were made for wins nothing."""
-    p99 = one.latency_ms.p99
+    p99 = candidate.latency_ms.p99
     return (
-        _throughput(one),
+        _throughput(candidate),
         -float("inf") if p99 is None else -p99,
-        one.top1_percent or 0.0,
-        -one.file_bytes,
-        -(one.memory_bytes // MEMORY_STEP_BYTES),
+        candidate.top1_percent or 0.0,
+        -candidate.file_bytes,
+        -(candidate.memory_bytes // MEMORY_STEP_BYTES),
     )
 
 
-def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one != other and all(mine >= theirs for mine, theirs in zip(one, other, strict=True))
+def _beats(goods: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return goods != other and all(mine >= theirs for mine, theirs in zip(goods, other, strict=True))
 
 
 Best = Callable[[Sequence[Candidate]], Candidate | None]
@@ -128,78 +128,80 @@ def respects(max_p99_ms: float | None) -> dict[str, Best]:
     latency = "lowest p99" if max_p99_ms is None else f"largest throughput under {max_p99_ms:g} ms p99"
     return {
         "largest throughput": fastest,
-        latency: quickest if max_p99_ms is None else lambda found: fastest_under(found, max_p99_ms),
+        latency: quickest if max_p99_ms is None else lambda measured: fastest_under(measured, max_p99_ms),
         "smallest file": smallest,
-        "as exact as float32 (no flips)": lambda found: fastest([one for one in found if one.exact]),
+        "as exact as float32 (no flips)": lambda measured: fastest(
+            [candidate for candidate in measured if candidate.exact]
+        ),
     }
 
 
-def fastest(found: Sequence[Candidate]) -> Candidate | None:
+def fastest(measured: Sequence[Candidate]) -> Candidate | None:
     """The largest throughput."""
-    return max(found, key=_throughput, default=None)
+    return max(measured, key=_throughput, default=None)
 
 
-def quickest(found: Sequence[Candidate]) -> Candidate | None:
+def quickest(measured: Sequence[Candidate]) -> Candidate | None:
     """The lowest p99 of those that have one."""
-    return min((one for one in found if one.latency_ms.p99 is not None), key=_p99, default=None)
+    return min((candidate for candidate in measured if candidate.latency_ms.p99 is not None), key=_p99, default=None)
 
 
-def smallest(found: Sequence[Candidate]) -> Candidate | None:
+def smallest(measured: Sequence[Candidate]) -> Candidate | None:
     """The smallest file, and of those that run it the largest throughput."""
-    return min(found, key=lambda one: (one.file_bytes, -_throughput(one)), default=None)
+    return min(measured, key=lambda candidate: (candidate.file_bytes, -_throughput(candidate)), default=None)
 
 
-def fastest_under(found: Sequence[Candidate], max_p99_ms: float) -> Candidate:
+def fastest_under(measured: Sequence[Candidate], max_p99_ms: float) -> Candidate:
     """The largest throughput whose p99 is at most that. Raises BenchError (negative) where there is none."""
-    best = fastest([one for one in found if _p99(one) <= max_p99_ms])
+    best = fastest([candidate for candidate in measured if _p99(candidate) <= max_p99_ms])
     if best is None:
-        nearest = quickest(found)
-        told = (
+        nearest = quickest(measured)
+        instead = (
             "no p99 is known: too few calls were made"
             if nearest is None
             else (
                 f"the lowest p99 is {nearest.latency_ms.p99:,.4g} ms, of {nearest.label} at batch {nearest.batch_size}"
             )
         )
-        raise BenchError(f"nothing in this sweep has a p99 of at most {max_p99_ms:g} ms; {told}.", EXIT_NEGATIVE)
+        raise BenchError(f"nothing in this sweep has a p99 of at most {max_p99_ms:g} ms; {instead}.", EXIT_NEGATIVE)
     return best
 
 
-def command(sweep: Sweep, one: Candidate) -> str:
+def command(sweep: Sweep, candidate: Candidate) -> str:
     """What measures that number again; with the reference, where `bench run` gives it the threads it had."""
-    reference = f"torch-{one.device}"
+    reference = f"torch-{candidate.device}"
     most_threads = max(result.settings.threads for result in sweep.runs)
-    words = ["bench", "run", "--bundle", sweep.bundle.path, "--backend", one.backend]
-    if one.threads == most_threads and one.backend != reference and one.times_torch is not None:
+    words = ["bench", "run", "--bundle", sweep.bundle.path, "--backend", candidate.backend]
+    if candidate.threads == most_threads and candidate.backend != reference and candidate.times_torch is not None:
         words += ["--backend", reference]
-    if one.variant != FLOAT32:
-        words += ["--variant", one.variant]
-    return shlex.join([*words, "--threads", str(one.threads), "--batch-size", str(one.batch_size)])
+    if candidate.variant != FLOAT32:
+        words += ["--variant", candidate.variant]
+    return shlex.join([*words, "--threads", str(candidate.threads), "--batch-size", str(candidate.batch_size)])
 
 
-def program(sweep: Sweep, one: Candidate) -> str:
+def program(sweep: Sweep, candidate: Candidate) -> str:
     """What runs the file, without ninefold."""
     return snippet(
-        one.backend,
+        candidate.backend,
         Runnable(
-            device=one.device,
-            path=f"{sweep.bundle.path}/{one.file}",
-            threads=one.threads,
-            input=input_of(sweep, one),
+            device=candidate.device,
+            path=f"{sweep.bundle.path}/{candidate.file}",
+            threads=candidate.threads,
+            input=input_of(sweep, candidate),
             output=sweep.output,
             preprocessing=sweep.preprocessing,
         ),
     )
 
 
-def input_of(sweep: Sweep, one: Candidate) -> TensorSpec:
+def input_of(sweep: Sweep, candidate: Candidate) -> TensorSpec:
     """What the file takes."""
-    return sweep.preprocessing.raw if takes_raw(one.variant) else sweep.input
+    return sweep.preprocessing.raw if takes_raw(candidate.variant) else sweep.input
 
 
-def _throughput(one: Candidate) -> float:
-    return one.throughput_images_per_s.median
+def _throughput(candidate: Candidate) -> float:
+    return candidate.throughput_images_per_s.median
 
 
-def _p99(one: Candidate) -> float:
-    return float("inf") if one.latency_ms.p99 is None else one.latency_ms.p99
+def _p99(candidate: Candidate) -> float:
+    return float("inf") if candidate.latency_ms.p99 is None else candidate.latency_ms.p99

@@ -1,9 +1,8 @@
 """Which file on which runtime, with how many threads, in which batches: all of them, measured in as little time as it
 takes.
 
-Owns the order of things, the schema of the file, and reading it. Knows nothing of which choices there are
-(`bench.sweep.choices`), how they are measured (`bench.sweep.device_runs`), or what is recommended
-(`bench.sweep.recommend`).
+Owns the order of things. Which choices there are is `bench.sweep.choices`, how they are measured
+`bench.sweep.device_runs`, what is recommended of them `bench.sweep.recommend`.
 
 First every choice proves its parity and is looked at in a few short rounds. Those that are wrong are out, and those
 that can't win anything are not measured any further (`bench.sweep.contenders`). The rest have full rounds in one run,
@@ -53,7 +52,7 @@ def run_sweep(request: SweepRequest, folder: SweepFolder, progress: Progress) ->
         by_device.setdefault(find_backend(choice.backend).device, []).append(choice)
     looks: list[Result] = []
     runs: list[Result] = []
-    for place, (device, own) in enumerate(by_device.items()):
+    for place, (device, its_choices) in enumerate(by_device.items()):
         reference = f"torch-{device}"
         device_runs = DeviceRuns(
             reference=None if reasons[reference] is not None else Choice(reference, FLOAT32, request.most_threads),
@@ -63,7 +62,7 @@ def run_sweep(request: SweepRequest, folder: SweepFolder, progress: Progress) ->
             progress=progress,
             clock=Clock(began, request.time_limit_s, place, len(by_device)),
         )
-        first, second = waves(own, request.most_threads)
+        first, second = waves(its_choices, request.most_threads)
         looked = list(device_runs.looks(first, 0.0, LOOKS_SHARE / 2))
         second, not_worth_it = worth_a_look(second, looked, request.most_threads)
         looked += device_runs.looks(second, LOOKS_SHARE / 2, LOOKS_SHARE)
@@ -74,8 +73,8 @@ def run_sweep(request: SweepRequest, folder: SweepFolder, progress: Progress) ->
         skipped += [*out, *not_worth_it]
     progress("done", 1.0)
     if not runs:
-        told = "; ".join(f"{entry.what}: {entry.reason}" for entry in skipped)
-        raise BenchError(f"nothing could be measured: {told}", EXIT_NEGATIVE)
+        reasons_given = "; ".join(f"{entry.what}: {entry.reason}" for entry in skipped)
+        raise BenchError(f"nothing could be measured: {reasons_given}", EXIT_NEGATIVE)
     return Sweep(
         schema_version=SWEEP_VERSION,
         kind="sweep",

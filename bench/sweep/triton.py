@@ -38,7 +38,7 @@ TYPES |= {f"{sign}int{bits}": f"TYPE_{sign.upper()}INT{bits}" for sign in ("", "
 TYPES |= {"bool": "TYPE_BOOL"}
 
 
-def write_repository(sweep: Sweep, found: Recommendation, folder: Path) -> Path:
+def write_repository(sweep: Sweep, recommendation: Recommendation, folder: Path) -> Path:
     """Write the model into the repository at `folder` and return its place there, a folder of its own.
 
     It is the largest throughput of all that the server can run, under the recommendation's bound of the p99 if it has
@@ -47,11 +47,11 @@ def write_repository(sweep: Sweep, found: Recommendation, folder: Path) -> Path:
     Raises BenchError: unavailable without tritonclient, negative where the server can run nothing of it, bad input
     where the bundle is another by now, or the model's folder exists already or can't be written.
     """
-    one = servable(candidates(sweep, found.batch_size), found.max_p99_ms)
+    candidate = servable(candidates(sweep, recommendation.batch_size), recommendation.max_p99_ms)
     bundle = _bundle(sweep)
-    entry = next(entry for entry in bundle.manifest.files if entry.path == one.file)
+    entry = next(entry for entry in bundle.manifest.files if entry.path == candidate.file)
     target = folder / bundle.manifest.name
-    text = config_text(sweep, one, entry, found.max_p99_ms, target.name)
+    text = config_text(sweep, candidate, entry, recommendation.max_p99_ms, target.name)
     if target.exists():
         raise BenchError(
             f"{target} exists already, and is not overwritten. Name another folder with --triton, or move it away.",
@@ -65,7 +65,7 @@ def write_repository(sweep: Sweep, found: Recommendation, folder: Path) -> Path:
             (made / VERSION).mkdir(parents=True)
             (made / CONFIG_NAME).write_text(text)
             for source in (bundle.locate(entry), *(bundle.path / other.path for other in entry.companions)):
-                shutil.copyfile(source, made / VERSION / _name_there(one, source))
+                shutil.copyfile(source, made / VERSION / _name_there(candidate, source))
             made.rename(target)
     except (OSError, BundleError) as error:
         raise BenchError(
@@ -75,47 +75,53 @@ def write_repository(sweep: Sweep, found: Recommendation, folder: Path) -> Path:
     return target
 
 
-def servable(found: Sequence[Candidate], max_p99_ms: float | None) -> Candidate:
+def servable(measured: Sequence[Candidate], max_p99_ms: float | None) -> Candidate:
     """The best that the server can run. Raises BenchError (negative) where it can run nothing of it."""
-    able = [one for one in found if find_backend(one.backend).server is not None]
+    able = [candidate for candidate in measured if find_backend(candidate.backend).server is not None]
     best = fastest(able) if max_p99_ms is None or not able else fastest_under(able, max_p99_ms)
     if best is None:
+        names = ", ".join(dict.fromkeys(candidate.backend for candidate in measured))
         raise BenchError(
-            f"Triton can run nothing that was measured ({', '.join(dict.fromkeys(one.backend for one in found))}). "
+            f"Triton can run nothing that was measured ({names}). "
             "Sweep with onnx-cpu, openvino-cpu or torchscript-cpu, or their like on a GPU.",
             EXIT_NEGATIVE,
         )
     return best
 
 
-def config_text(sweep: Sweep, one: Candidate, entry: FileEntry, max_p99_ms: float | None, name: str) -> str:
+def config_text(sweep: Sweep, candidate: Candidate, entry: FileEntry, max_p99_ms: float | None, name: str) -> str:
     """The content of config.pbtxt. Raises BenchError (unavailable) without tritonclient."""
     schema, text_format = _schema()
-    server = _server(one)
+    server = _server(candidate)
     config = schema.ModelConfig(
         name=name,
         backend=server.backend,
-        max_batch_size=one.batch_size,
-        default_model_filename=_name_there(one, Path(entry.path)),
+        max_batch_size=candidate.batch_size,
+        default_model_filename=_name_there(candidate, Path(entry.path)),
     )
-    for field, spec in ((config.input, input_of(sweep, one)), (config.output, sweep.output)):
+    for field, spec in ((config.input, input_of(sweep, candidate)), (config.output, sweep.output)):
         tensor = field.add(name=spec.name + ("__0" if server.indexed else ""), dims=_dims(spec))
         tensor.data_type = schema.DataType.Value(TYPES[spec.dtype])
     group = config.instance_group.add(count=1)
-    group.kind = schema.ModelInstanceGroup.Kind.Value("KIND_GPU" if one.device == "cuda" else "KIND_CPU")
-    if one.batch_size > 1:
-        config.dynamic_batching.preferred_batch_size.append(one.batch_size)
-        config.dynamic_batching.max_queue_delay_microseconds = queue_delay_us(one, max_p99_ms)
-    for key, value in ((server.threads_parameter, str(one.threads)), *server.further):
+    group.kind = schema.ModelInstanceGroup.Kind.Value("KIND_GPU" if candidate.device == "cuda" else "KIND_CPU")
+    if candidate.batch_size > 1:
+        config.dynamic_batching.preferred_batch_size.append(candidate.batch_size)
+        config.dynamic_batching.max_queue_delay_microseconds = queue_delay_us(candidate, max_p99_ms)
+    for key, value in ((server.threads_parameter, str(candidate.threads)), *server.further):
         config.parameters[key].string_value = value
-    about = f"# {one.label} at batch {one.batch_size}, of bundle {sweep.bundle.name} ({sweep.bundle.digest[:12]})\n"
+    bundle = f"{sweep.bundle.name} ({sweep.bundle.digest[:12]})"
+    about = f"# {candidate.label} at batch {candidate.batch_size}, of bundle {bundle}\n"
     return about + str(text_format.MessageToString(config))
 
 
-def queue_delay_us(one: Candidate, max_p99_ms: float | None) -> int:
+def queue_delay_us(candidate: Candidate, max_p99_ms: float | None) -> int:
     """How long a request may wait for others to come."""
-    call_ms = 1e3 * one.batch_size / one.throughput_images_per_s.median
-    left_ms = float("inf") if max_p99_ms is None or one.latency_ms.p99 is None else max_p99_ms - one.latency_ms.p99
+    call_ms = 1e3 * candidate.batch_size / candidate.throughput_images_per_s.median
+    left_ms = (
+        float("inf")
+        if max_p99_ms is None or candidate.latency_ms.p99 is None
+        else max_p99_ms - candidate.latency_ms.p99
+    )
     return int(1e3 * min(call_ms, left_ms))
 
 
@@ -124,14 +130,14 @@ def _dims(spec: TensorSpec) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in spec.shape[1:]]
 
 
-def _server(one: Candidate) -> Server:
-    server = find_backend(one.backend).server
+def _server(candidate: Candidate) -> Server:
+    server = find_backend(candidate.backend).server
     assert server is not None, "of those that are servable"
     return server
 
 
-def _name_there(one: Candidate, file: Path) -> str:
-    return _server(one).suffixes[file.suffix]
+def _name_there(candidate: Candidate, file: Path) -> str:
+    return _server(candidate).suffixes[file.suffix]
 
 
 def _bundle(sweep: Sweep) -> Bundle:

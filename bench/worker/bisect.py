@@ -191,14 +191,14 @@ class _Walk:
         taken = {id(reference) for reference in self._agreed.values()}
         free = [reference for reference in self._references if id(reference) not in taken]
         # Another layer's has to come twice as near: what is far off may come nearest to anything.
-        found = [
+        nearest_ones = [
             (distance * (1 if reference.layer == layer else 2), reference.layer != layer, place, distance)
             for place, reference in enumerate(free)
             if (distance := reference.distance(rows)) is not None
         ]
         distance, nearest = None, None
-        if found:
-            _, _, place, distance = min(found)
+        if nearest_ones:
+            _, _, place, distance = min(nearest_ones)
             nearest = free[place]
             layer = layer or nearest.layer
         before_any_layer = self._reads_the_input(node) and not self._weights(node)

@@ -261,17 +261,17 @@ def read_outputs(folder: Path, shape: Sequence[int]) -> np.ndarray:
     """
     import numpy as np
 
-    logits, found = np.empty(tuple(shape), np.float32), np.zeros(shape[0], bool)
+    logits, outputs = np.empty(tuple(shape), np.float32), np.zeros(shape[0], bool)
     for entry in json.loads((folder / "mlperf_log_accuracy.json").read_text()):
         place = entry["qsl_idx"]
         logits[place] = np.frombuffer(bytes.fromhex(entry["data"]), np.float32).reshape(tuple(shape[1:]))
-        found[place] = True
-    if not found.all():
-        raise ValueError(f"LoadGen collected the outputs of {found.sum()} of {len(found)} images")
+        outputs[place] = True
+    if not outputs.all():
+        raise ValueError(f"LoadGen collected the outputs of {outputs.sum()} of {len(outputs)} images")
     return logits
 
 
 def read_version(folder: Path) -> str:
     """LoadGen's version and commit, from its detailed log."""
-    found = re.search(r'"key": "loadgen_version", "value": "([^"]+)"', (folder / "mlperf_log_detail.txt").read_text())
-    return found[1] if found else "unknown"
+    match = re.search(r'"key": "loadgen_version", "value": "([^"]+)"', (folder / "mlperf_log_detail.txt").read_text())
+    return match[1] if match else "unknown"

@@ -1,8 +1,7 @@
 """One process for each backend, so that runtimes share neither threads, nor libraries, nor a crash.
 
-Owns both ends of the pipe: `serve`, which a spawned process runs, and `Worker`, which the parent holds. The heavy
-imports happen in the child. The parent blocks while it waits, and so does an idle child: waiting costs no CPU. Knows
-nothing of what the answers mean.
+The parent's end of the pipe; the child's is `bench.worker.serve`. The parent blocks while it waits, and so does an idle
+child: waiting costs no CPU.
 """
 
 from __future__ import annotations

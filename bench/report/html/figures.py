@@ -63,22 +63,22 @@ def throughput(result: Result, table: str) -> Iterator[Html]:
 
 
 def _throughput_mark(row: Row, timing: Timing) -> Mark:
-    found = row.throughput(timing)
-    words = f"{row.subject}, batch {row.batch_size:,}: {spread_words(found)} images/s"
-    return Mark(row.batch_size, row.batch_size, found.median, words, found.low, found.high)
+    spread = row.throughput(timing)
+    words = f"{row.subject}, batch {row.batch_size:,}: {spread_words(spread)} images/s"
+    return Mark(row.batch_size, row.batch_size, spread.median, words, spread.low, spread.high)
 
 
 def _ends(row: Row, timing: Timing) -> Iterator[float]:
-    found = row.throughput(timing)
-    yield from (found.median, found.low or found.median, found.high or found.median)
+    spread = row.throughput(timing)
+    yield from (spread.median, spread.low or spread.median, spread.high or spread.median)
 
 
 def latency(result: Result, table: str) -> Iterator[Html]:
     """The p50 and the p99 over the batch size, a chart for each timing; bars reach up to the 95 % bounds."""
     rows = finished_rows(result)
     x = batch_axis(sorted({row.batch_size for row in rows}))
-    found = [value for row in rows for timing in TIMINGS for value in _bounds(row.latency(timing))]
-    y = log_axis("ms", found)
+    values = [value for row in rows for timing in TIMINGS for value in _bounds(row.latency(timing))]
+    y = log_axis("ms", values)
     for percent in (50, 99):
         for timing in TIMINGS:
             marks = [(row.subject, mark) for row in rows if (mark := _latency_mark(row, timing, percent)) is not None]
@@ -88,8 +88,10 @@ def latency(result: Result, table: str) -> Iterator[Html]:
 
 
 def _latency_mark(row: Row, timing: Timing, percent: int) -> Mark | None:
-    found = row.latency(timing)
-    value, upper = (found.p50, found.p50_upper) if percent == 50 else (found.p99, found.p99_upper)
+    percentiles = row.latency(timing)
+    value, upper = (
+        (percentiles.p50, percentiles.p50_upper) if percent == 50 else (percentiles.p99, percentiles.p99_upper)
+    )
     if value is None:
         return None
     bound = "" if upper is None else f", at most {milliseconds(upper)}"
@@ -97,8 +99,12 @@ def _latency_mark(row: Row, timing: Timing, percent: int) -> Mark | None:
     return Mark(row.batch_size, row.batch_size, value, words, None if upper is None else value, upper)
 
 
-def _bounds(found: Percentiles) -> Iterator[float]:
-    yield from (value for value in (found.p50, found.p50_upper, found.p99, found.p99_upper) if value is not None)
+def _bounds(percentiles: Percentiles) -> Iterator[float]:
+    yield from (
+        value
+        for value in (percentiles.p50, percentiles.p50_upper, percentiles.p99, percentiles.p99_upper)
+        if value is not None
+    )
 
 
 def pareto(result: Result, table: str) -> Html | None:
@@ -134,14 +140,14 @@ def _state(parity: ParityVerdict | None) -> State:
 
 def errors(result: Result, table: str) -> Iterator[Html]:
     """For each subject how the images' largest logit errors are distributed, on the same axes."""
-    found = [(s, s.parity.errors) for s in result.subjects if s.parity is not None and s.parity.errors is not None]
-    used = [(low, high) for _, spread in found for low, high, count in ranges(spread) if count]
+    histograms = [(s, s.parity.errors) for s in result.subjects if s.parity is not None and s.parity.errors is not None]
+    used = [(low, high) for _, spread in histograms for low, high, count in ranges(spread) if count]
     if not used:
         return
     low, high = math.floor(min(low for low, _ in used)), math.ceil(max(high for _, high in used))
     x = Axis("largest error of an image's logits", low, high, tuple(_powers(low, high)), log=False)
-    top, style = max(max(spread.counts) for _, spread in found), looks(result)
-    for subject, spread in found:
+    top, style = max(max(spread.counts) for _, spread in histograms), looks(result)
+    for subject, spread in histograms:
         what = f"Errors of {subject.label}: the images by the largest absolute error of their logits."
         chart = histogram(what, table, style[subject.label], x, list(ranges(spread)), top)
         yield element(
@@ -189,8 +195,11 @@ def _roofline_mark(point: Point, kind: str) -> Mark:
 
 def _series(result: Result, marks: Sequence[tuple[str, Mark]]) -> list[Series]:
     """The marks of each subject that has any."""
-    found = [(look, tuple(mark for own, mark in marks if own == label)) for label, look in looks(result).items()]
-    return [Series(look, own) for look, own in found if own]
+    by_label = [
+        (look, tuple(mark for marks_of_label, mark in marks if marks_of_label == label))
+        for label, look in looks(result).items()
+    ]
+    return [Series(look, marks_of_label) for look, marks_of_label in by_label if marks_of_label]
 
 
 def _sentence(words: str) -> str:

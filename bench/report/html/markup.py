@@ -26,10 +26,10 @@ def element(name: str, *children: Child, **attributes: str | int | float | bool 
     """An element. An underscore in an attribute's name stands for a hyphen, one at its end for nothing; an attribute
     that is None or False is left out, and of one that is True the name alone stands there.
     """
-    told = "".join(
+    written = "".join(
         _attribute(key, value) for key, value in attributes.items() if value is not None and value is not False
     )
-    return Html(f"<{name}{told}/>" if name in VOID else f"<{name}{told}>{join(children)}</{name}>")
+    return Html(f"<{name}{written}/>" if name in VOID else f"<{name}{written}>{join(children)}</{name}>")
 
 
 def join(children: Child) -> Html:
@@ -49,5 +49,5 @@ def _attribute(key: str, value: str | int | float | bool) -> str:
     name = key.rstrip("_").replace("_", "-")
     if value is True:
         return f" {name}"
-    told = f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
-    return f' {name}="{escape(told)}"'
+    written = f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
+    return f' {name}="{escape(written)}"'

@@ -126,8 +126,8 @@ class Frame:
 
 def log_axis(title: str, values: Iterable[float]) -> Axis:
     """Around all values, with ticks at 1, 2 and 5 times a power of ten, or at the powers alone where they are many."""
-    found = [value for value in values if value > 0] or [1.0]
-    low, high = min(found) / 1.15, max(found) * 1.15
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = min(positive) / 1.15, max(positive) * 1.15
     missing = math.sqrt(max(1.0, LEAST_FACTOR / (high / low)))
     low, high = low / missing, high * missing
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -166,7 +166,7 @@ def scatter(
     """
     frame = Frame(x, y)
     drawn = [
-        _series(one, _dodge(place, len(series)) if joined else 0.0, frame, joined) for place, one in enumerate(series)
+        _series(line, _dodge(place, len(series)) if joined else 0.0, frame, joined) for place, line in enumerate(series)
     ]
     edge = [element("polyline", class_="frontier", points=_staircase(series, frame))] if frontier else []
     return _svg(what, table, frame, edge, drawn)

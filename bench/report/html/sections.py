@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from bench.machine.environment import BUSY_PERCENT
-from bench.report import sentences
+from bench.report import sentences, warnings
 from bench.report.html import figures, tables
 from bench.report.html.figures import looks
 from bench.report.html.markup import Child, Html, element, join, prose
@@ -65,7 +64,7 @@ def _head(name: str, result: Result) -> Html:
         element("p", name, class_="note path"),
         status([result], ()),
         _bullets(sentences.best(result)),
-        element("p", _disturbances(result), class_="warning") if any(_disturbances(result)) else (),
+        _warnings(result),
         command_block(result),
     )
 
@@ -78,12 +77,10 @@ def status(results: Sequence[Result], left_out: Sequence[LeftOut]) -> Html:
     return element("p", sign, words, class_=f"status {'bad' if bad else 'good'}")
 
 
-def _disturbances(result: Result) -> Iterator[str]:
-    busy = max(result.environment.cpu_busy_percent, result.cpu_busy_percent_at_end)
-    if busy > BUSY_PERCENT:
-        yield f"Other processes used {busy:.0f} % of the CPUs: expect these figures to be low and to scatter. "
-    for gpu in (gpu for reading in result.readings for gpu in reading.gpus if gpu.throttled_by):
-        yield f"{gpu.name} was slowed down by: {', '.join(gpu.throttled_by)}. "
+def _warnings(result: Result) -> Html:
+    """What spoils the figures. The rows in which the clock is felt are the terminal's alone."""
+    seen = (*warnings.of_load(result.environment, result.cpu_busy_percent_at_end), *warnings.of_gpus(result))
+    return join(element("p", f"{str(warned)[0].upper()}{str(warned)[1:]}.", class_="warning") for warned in seen)
 
 
 def _filters(result: Result) -> Html:
@@ -100,8 +97,8 @@ def _filters(result: Result) -> Html:
         look, parity = looks(result)[subject.label], subject.parity
         top1 = "" if parity is None or parity.top1_percent is None else f"{parity.top1_percent:.2f} %"
         box = element("input", type="checkbox", checked=True, data_subject=look.index)
-        told = element("code", subject.label), element("small", top1)
-        backends.append(element("label", box, swatch(look), *told))
+        caption = element("code", subject.label), element("small", top1)
+        backends.append(element("label", box, swatch(look), *caption))
     return element(
         "form",
         element("fieldset", element("legend", "Batch sizes"), batches),
@@ -156,9 +153,9 @@ def _parity(result: Result, prefix: str) -> Html:
         "Parity",
         "Every logit is compared with the float64 logits of the unfolded model, the oracle.",
         tables.parity(result, f"{prefix}parity"),
-        _bullets(line for subject, found in judged for line in _failures(subject, found)),
+        _bullets(line for subject, verdict in judged for line in _failures(subject, verdict)),
         _errors(result, f"{prefix}errors"),
-        [_flips(result, subject, found) for subject, found in judged if found.flips],
+        [_flips(result, subject, verdict) for subject, verdict in judged if verdict.flips],
     )
 
 

@@ -42,16 +42,16 @@ def parity(result: Result, id_: str) -> Html:
 
 def errors(result: Result, id_: str) -> Html:
     """The histograms as figures: how many images in each range, for every subject that has one."""
-    found = [
+    histograms = [
         (s.label, s.parity.errors) for s in result.subjects if s.parity is not None and s.parity.errors is not None
     ]
-    by_range = zip(*(list(ranges(spread)) for _, spread in found), strict=True)
+    by_range = zip(*(list(ranges(spread)) for _, spread in histograms), strict=True)
     lines = [line for line in by_range if any(count for _, _, count in line)]
     shown: list[Column[tuple[tuple[float, float, int], ...]]] = [
         Column("error", lambda line: f"10^{line[0][0]:g} to 10^{line[0][1]:g}", words=True),
         *(
             Column(label, lambda line, place=place: line[place][2], columns.whole)  # type: ignore[misc]
-            for place, (label, _) in enumerate(found)
+            for place, (label, _) in enumerate(histograms)
         ),
     ]
     return table(id_, "Images by the largest absolute error of their logits", shown, lines)
@@ -85,9 +85,9 @@ def placement(result: Result, id_: str) -> Html:
     return table(id_, "What ran where", columns.PLACEMENT, items, _of_subject, looks(result))
 
 
-def findings(found: Iterable[Finding], id_: str) -> Html:
+def findings(items: Iterable[Finding], id_: str) -> Html:
     """What the doctor of a suite said of the machine."""
-    return table(id_, "The machine before the runs", columns.FINDINGS, found)
+    return table(id_, "The machine before the runs", columns.FINDINGS, items)
 
 
 def _of_row(item: Measured) -> Line:

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.markup import escape
 
-from bench.machine.environment import BUSY_PERCENT, Environment
+from bench.machine.environment import Environment
+from bench.report import warnings
+from bench.report.warnings import Warned
 from bench.results.schema import Skipped, SubjectResult
 
 
@@ -15,12 +17,16 @@ def print_machine(machine: Environment, busy_percent_at_end: float, out: Console
     """The machine, and whether something else kept it busy."""
     gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
     out.print(f"{machine.cpu}, {machine.usable_cpus} of {machine.logical_cpus} CPUs{gpus}, {machine.platform}\n")
-    busy = max(machine.cpu_busy_percent, busy_percent_at_end)
-    if busy > BUSY_PERCENT:
-        out.print(
-            f"[yellow]warning[/] other processes used {busy:.0f} % of the CPUs while no backend ran: expect these "
-            "figures to be low and to scatter. Run again on a quiet machine.\n"
-        )
+    print_warnings(warnings.of_load(machine, busy_percent_at_end), out)
+
+
+def print_warnings(seen: Iterable[Warned], out: Console) -> None:
+    """Each in a line, and a line's space after them."""
+    lines = list(seen)
+    for warned in lines:
+        out.print(f"[yellow]warning[/] {escape(str(warned))}")
+    if lines:
+        out.print()
 
 
 def print_absent(subjects: Iterable[SubjectResult], skipped: Iterable[Skipped], out: Console) -> None:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.machine.environment import BUSY_PERCENT
-from bench.report import columns
+from bench.report import columns, warnings
+from bench.report.terminal.around import print_warnings
 from bench.report.terminal.table import table
 from bench.report.wording import ratio_words, rounds_words
 from bench.results.compare import Compared, Comparison, regressions
@@ -18,10 +19,10 @@ from bench.results.schema import Ratio, Result
 
 def print_comparison(result: Result, threshold_percent: float, out: Console) -> None:
     """The verdict on every bundle against the first."""
-    found = slower(result.ratios, threshold_percent)
-    for ratio in found:
+    slower_ratios = slower(result.ratios, threshold_percent)
+    for ratio in slower_ratios:
         print_slower(ratio.numerator, ratio, escape(ratio.denominator), out)
-    if not found:
+    if not slower_ratios:
         out.print(f"none is slower than the first by more than {threshold_percent:g} %")
 
 
@@ -42,8 +43,7 @@ def print_two_runs(
             f"{name}: {measured}, {result.started_at:%Y-%m-%d %H:%M} UTC, {rounds_words(result)} rounds; other "
             f"processes used {busy:.0f} % of the CPUs{advice}"
         )
-    for difference in differences:
-        out.print(f"[yellow]warning[/] not the same machine: {escape(difference)}")
+    print_warnings(warnings.of_machines(differences), out)
     out.print(table(columns.TWO_RUNS, comparison.found))
     out.print(
         "images/s: median of the rounds. ratio: head over base, with its 95 % bootstrap interval; –: fewer than six\n"
@@ -55,17 +55,17 @@ def print_two_runs(
             out.print(f"only in the {name}, not compared: {escape(', '.join(keys))}")
     for label in comparison.broken:
         out.print(f"[red]did not finish[/] {escape(label)} in the head; it did in the base")
-    found = regressions(comparison, threshold_percent)
-    for compared in found:
+    regressed = regressions(comparison, threshold_percent)
+    for compared in regressed:
         print_slower(compared.subject, compared, "the base", out)
-    if not found:
+    if not regressed:
         out.print(f"none is shown to be slower than the base by more than {threshold_percent:g} %")
 
 
-def print_slower(subject: str, found: Ratio | Compared, base: str, out: Console) -> None:
+def print_slower(subject: str, ratio: Ratio | Compared, base: str, out: Console) -> None:
     """One that is slower than it may be."""
-    timing = found.timing.replace("_", " ")
+    timing = ratio.timing.replace("_", " ")
     out.print(
-        f"[red]slower[/] {escape(subject)} at batch {found.batch_size}, {timing}: "
-        f"{ratio_words(found.throughput_ratio, '.3f')} of {base}"
+        f"[red]slower[/] {escape(subject)} at batch {ratio.batch_size}, {timing}: "
+        f"{ratio_words(ratio.throughput_ratio, '.3f')} of {base}"
     )

@@ -1,7 +1,4 @@
-"""A result as a person reads it.
-
-Owns the tables and the sentences around them. Computes nothing: every figure is already in the result.
-"""
+"""A run's result on a terminal: its tables, and the sentences around them."""
 
 from __future__ import annotations
 
@@ -10,18 +7,14 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.markup import escape
 
-from bench.report import columns
+from bench.report import columns, warnings
 from bench.report.columns import Measured
-from bench.report.terminal.around import print_absent, print_machine
+from bench.report.terminal.around import print_absent, print_machine, print_warnings
 from bench.report.terminal.parity import print_failed
 from bench.report.terminal.table import table
 from bench.report.wording import rounds_words
-from bench.results.queries import subject_of
 from bench.results.roofline import Survey
 from bench.results.schema import Against, Result
-
-# The clock's own share of a call, in percent, from which on a row says so.
-TIMER_PERCENT = 0.1
 
 
 def print_run(result: Result, out: Console) -> None:
@@ -72,15 +65,9 @@ def _print_roofline(survey: Survey, items: Iterable[Measured], out: Console) -> 
 
 
 def _print_sensors(result: Result, out: Console) -> None:
-    """What throttled a GPU, energy where the machine counts it, and rows in which the clock itself is felt."""
-    for gpu in (gpu for reading in result.readings for gpu in reading.gpus if gpu.throttled_by):
-        out.print(f"[yellow]warning[/] {escape(gpu.name)} was slowed down by: {', '.join(gpu.throttled_by)}")
+    """Energy where the machine counts it, what throttled a GPU, and rows in which the clock itself is felt."""
     for row in result.rows:
         joules = ", ".join(f"{joule * 1000:.3g} mJ ({counter})" for counter, joule in row.energy_per_image_j.items())
         if joules:
             out.print(f"energy per image, {escape(row.subject)} at batch {row.batch_size}: {joules}")
-        if (row.timer_share_percent or 0) > TIMER_PERCENT and subject_of(result, row.subject).computes:
-            out.print(
-                f"[yellow]warning[/] {escape(row.subject)} at batch {row.batch_size}: the clock itself is "
-                f"{row.timer_share_percent:.2g} % of a call"
-            )
+    print_warnings((*warnings.of_gpus(result), *warnings.of_rows(result)), out)

@@ -1,7 +1,4 @@
-"""A sweep and a recommendation as a person reads them.
-
-Owns their tables and sentences. Computes nothing: every figure is already in them.
-"""
+"""A sweep and a recommendation on a terminal."""
 
 from __future__ import annotations
 
@@ -29,24 +26,27 @@ def print_sweep(sweep: Sweep, out: Console) -> None:
         out.print(f"[{colour}]not measured in full: {escape(', '.join(names))}: {escape(reason)}[/]", soft_wrap=True)
 
 
-def print_recommendation(found: Recommendation, sweep: Sweep, out: Console) -> None:
+def print_recommendation(recommendation: Recommendation, sweep: Sweep, out: Console) -> None:
     """The front, then each pick with its figures, its command line and its program."""
     machine = sweep.runs[0].environment
-    size = "all batch sizes" if found.batch_size is None else f"batch {found.batch_size}"
-    out.print(f"[bold]{escape(found.bundle.name)}[/] (bundle {found.bundle.digest[:12]}) on {escape(machine.cpu)}")
-    out.print(f"the Pareto front of {found.candidates} measured candidates, {size}:")
-    out.print(table(columns.CANDIDATES, found.front))
+    size = "all batch sizes" if recommendation.batch_size is None else f"batch {recommendation.batch_size}"
+    out.print(
+        f"[bold]{escape(recommendation.bundle.name)}[/] (bundle {recommendation.bundle.digest[:12]}) on "
+        f"{escape(machine.cpu)}"
+    )
+    out.print(f"the Pareto front of {recommendation.candidates} measured candidates, {size}:")
+    out.print(table(columns.CANDIDATES, recommendation.front))
     out.print(
         "images/s, p99 and × torch are end to end, from raw input to logits; × torch: throughput over eager torch's\n"
         "with all threads, paired by round, with its 95 % bootstrap interval. –: too few samples, or nothing to\n"
         "compare. On the front is whom no other beats in images/s, p99, top-1, file size and memory at once.\n"
     )
-    for pick, respects in _by_candidate(found.picks):
+    for pick, respects in _by_candidate(recommendation.picks):
         out.print(f"[bold]{escape(', '.join(respects))}[/]: {escape(_told(pick.candidate))}", soft_wrap=True)
         out.print(escape(pick.command), soft_wrap=True)
         out.print("\n".join(f"    {line}".rstrip() for line in pick.program.splitlines()), markup=False, soft_wrap=True)
         out.print()
-    for respect in found.lacking:
+    for respect in recommendation.lacking:
         out.print(f"[yellow]{escape(respect)}[/]: nothing in this sweep")
 
 
@@ -58,15 +58,15 @@ def _by_candidate(picks: Iterable[Pick]) -> Iterator[tuple[Pick, list[str]]]:
     yield from grouped.values()
 
 
-def _told(one: Candidate) -> str:
+def _told(candidate: Candidate) -> str:
     """A candidate's figures in a line."""
     facts = [
-        f"{one.file} on {one.backend}, threads {one.threads}, batch {one.batch_size}",
-        f"{spread_words(one.throughput_images_per_s)} images/s",
-        f"p99 {milliseconds(one.latency_ms.p99)} ms",
-        f"× torch {ratio_words(one.times_torch, '.3g')}",
-        f"top-1 {number(one.top1_percent, '.2f')} %, {number(one.flips, '')} flips",
-        f"{one.file_bytes / 1e6:.2f} MB",
-        f"{one.memory_bytes / 2**20:.0f} MiB of memory",
+        f"{candidate.file} on {candidate.backend}, threads {candidate.threads}, batch {candidate.batch_size}",
+        f"{spread_words(candidate.throughput_images_per_s)} images/s",
+        f"p99 {milliseconds(candidate.latency_ms.p99)} ms",
+        f"× torch {ratio_words(candidate.times_torch, '.3g')}",
+        f"top-1 {number(candidate.top1_percent, '.2f')} %, {number(candidate.flips, '')} flips",
+        f"{candidate.file_bytes / 1e6:.2f} MB",
+        f"{candidate.memory_bytes / 2**20:.0f} MiB of memory",
     ]
     return "; ".join(facts)

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("faulty_backends")
 MakePlan = Callable[..., Plan]
 
 
-def go(plan: Plan, request: ScenarioRequest, target: Path) -> ScenarioResult:
-    return run_scenario(plan, request, target, lambda what, done: None)
+def go(plan: Plan, scenario_request: ScenarioRequest, target: Path) -> ScenarioResult:
+    return run_scenario(plan, scenario_request, target, lambda what, done: None)
 
 
 def test_a_run_from_the_command_line(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

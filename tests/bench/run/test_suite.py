@@ -32,7 +32,7 @@ from bench.run.plan import Plan
 from bench.run.suite import NOT_REACHED, SuiteRequest, absent, chosen_runs, run_suite
 
 ROOT = Path(__file__).parents[3]
-SHOW_THE_FOLD = ("graph-cuda", "torchscript-cpu", "onnx-cpu", "onnx-cuda")
+SHOW_THE_FOLD = {"graph-cuda", "torchscript-cpu", "onnx-cpu", "onnx-cuda"}
 STRICT_GPU, FAST_GPU = SuiteRun(Profile.STRICT, "cuda"), SuiteRun(Profile.FAST, "cuda")
 STRICT_CPU = SuiteRun(Profile.STRICT, "cpu")
 
@@ -161,7 +161,7 @@ def runs(result: Result, monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 
 @pytest.fixture
-def request(small_bundle: Path) -> SuiteRequest:
+def suite_request(small_bundle: Path) -> SuiteRequest:
     return SuiteRequest(
         command="bench suite",
         bundle=small_bundle,
@@ -174,10 +174,10 @@ def request(small_bundle: Path) -> SuiteRequest:
     )
 
 
-def test_the_runs_share_the_time(runs: Runs, request: SuiteRequest) -> None:
+def test_the_runs_share_the_time(runs: Runs, suite_request: SuiteRequest) -> None:
     """What one leaves is for those after it; here none takes any."""
     shares: list[float] = []
-    suite = run_suite(request, lambda so_far: None, lambda what, done: shares.append(done))
+    suite = run_suite(suite_request, lambda so_far: None, lambda what, done: shares.append(done))
     strict, fast, cpu = runs.plans
     assert [plan.time_limit_s for plan in runs.plans] == pytest.approx([37.5, 60, 100], abs=1)
     assert [(plan.profile, plan.device) for plan in runs.plans] == [
@@ -192,20 +192,20 @@ def test_the_runs_share_the_time(runs: Runs, request: SuiteRequest) -> None:
     assert suite_exit_code(suite) == 0
 
 
-def test_named_backends_go_to_the_run_of_their_device(runs: Runs, request: SuiteRequest) -> None:
-    run_suite(replace(request, backends=("torch-cpu", "onnx-cuda")), lambda so_far: None, lambda what, done: None)
-    assert [(plan.backends, plan.control) for plan in runs.plans] == [
+def test_named_backends_go_to_the_run_of_their_device(runs: Runs, suite_request: SuiteRequest) -> None:
+    run_suite(replace(suite_request, backends=("torch-cpu", "onnx-cuda")), lambda so_far: None, lambda what, done: None)
+    assert [(plan.backends, set(plan.control)) for plan in runs.plans] == [
         (("onnx-cuda",), SHOW_THE_FOLD),
         (("onnx-cuda",), SHOW_THE_FOLD),
-        (("torch-cpu",), ()),
+        (("torch-cpu",), set()),
     ]
 
 
-def test_what_is_finished_is_kept_when_it_is_ended(runs: Runs, request: SuiteRequest) -> None:
+def test_what_is_finished_is_kept_when_it_is_ended(runs: Runs, suite_request: SuiteRequest) -> None:
     runs.errors[2] = KeyboardInterrupt()
     kept: list[Suite] = []
     with pytest.raises(KeyboardInterrupt):
-        run_suite(request, kept.append, lambda what, done: None)
+        run_suite(suite_request, kept.append, lambda what, done: None)
     (so_far,) = kept
     assert so_far.runs == (runs.result,)
     missing = [entry for entry in so_far.left_out if entry.failed]
@@ -216,26 +216,26 @@ def test_what_is_finished_is_kept_when_it_is_ended(runs: Runs, request: SuiteReq
     assert "profile fast on the GPU could not be measured" in page(so_far)
 
 
-def test_a_run_that_cannot_be_made_is_told_and_the_others_go_on(runs: Runs, request: SuiteRequest) -> None:
+def test_a_run_that_cannot_be_made_is_told_and_the_others_go_on(runs: Runs, suite_request: SuiteRequest) -> None:
     runs.errors = {place: BenchError("no CUDA backend can run", EXIT_UNAVAILABLE) for place in (1, 2)}
     kept: list[Suite] = []
-    suite = run_suite(request, kept.append, lambda what, done: None)
+    suite = run_suite(suite_request, kept.append, lambda what, done: None)
     assert len(suite.runs) == len(kept) == 1
     assert [entry.reason for entry in suite.left_out if entry.failed] == ["no CUDA backend can run"] * 2
     assert suite_exit_code(suite) == EXIT_NEGATIVE
     assert "Not all is well: profile strict on the GPU could not be measured" in page(suite)
 
 
-def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(runs: Runs, request: SuiteRequest) -> None:
+def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(runs: Runs, suite_request: SuiteRequest) -> None:
     runs.errors[1] = BenchError("onnx-cuda is not available", EXIT_UNAVAILABLE)
     with pytest.raises(BenchError, match="onnx-cuda is not available"):
-        run_suite(replace(request, backends=("onnx-cuda",)), lambda so_far: None, lambda what, done: None)
+        run_suite(replace(suite_request, backends=("onnx-cuda",)), lambda so_far: None, lambda what, done: None)
 
 
-def test_where_nothing_can_run_that_is_the_error(runs: Runs, request: SuiteRequest) -> None:
+def test_where_nothing_can_run_that_is_the_error(runs: Runs, suite_request: SuiteRequest) -> None:
     runs.errors = {place: BenchError(f"reason {place}", EXIT_UNAVAILABLE) for place in (1, 2, 3)}
     with pytest.raises(BenchError, match="reason 1 reason 2 reason 3") as caught:
-        run_suite(request, lambda so_far: None, lambda what, done: None)
+        run_suite(suite_request, lambda so_far: None, lambda what, done: None)
     assert caught.value.exit_code == EXIT_UNAVAILABLE
 
 

@@ -50,7 +50,7 @@ def variants(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def request(variants: Path) -> SweepRequest:
+def sweep_request(variants: Path) -> SweepRequest:
     return SweepRequest(
         command="bench sweep",
         path=variants,
@@ -65,9 +65,9 @@ def request(variants: Path) -> SweepRequest:
 
 
 @pytest.fixture
-def machine(result: Result, request: SweepRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(result: Result, sweep_request: SweepRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """One without a GPU, on which runs take no time and everybody is alike until `world` says otherwise."""
-    made = Machine(result, request.bundle)
+    made = Machine(result, sweep_request.bundle)
     reasons = {name: NO_GPU if "cuda" in name else None for name in BACKENDS}
     monkeypatch.setattr(bench.sweep.device_runs, "run", made)
     monkeypatch.setattr(bench.sweep.sweep, "availability", lambda threads, timeout_s: reasons)
@@ -77,11 +77,13 @@ def machine(result: Result, request: SweepRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def swept(request: SweepRequest, machine: Machine, tmp_path: Path) -> Callable[..., Sweep]:
-    """Makes a sweep in one folder; keywords replace what is request."""
+def swept(sweep_request: SweepRequest, machine: Machine, tmp_path: Path) -> Callable[..., Sweep]:
+    """Makes a sweep in one folder; keywords replace what is asked for."""
 
     def make(**changes: Any) -> Sweep:
-        return run_sweep(replace(request, **changes), SweepFolder(tmp_path / "sweep", request.bundle.digest), ignore)
+        return run_sweep(
+            replace(sweep_request, **changes), SweepFolder(tmp_path / "sweep", sweep_request.bundle.digest), ignore
+        )
 
     return make
 
@@ -180,12 +182,14 @@ def test_who_can_win_nothing_is_not_measured_in_full(swept: Callable[..., Sweep]
         ({"top1_percent": 99.5}, True),
     ],
 )
-def test_what_keeps_somebody_in(result: Result, request: SweepRequest, changes: dict[str, Any], stays: bool) -> None:
+def test_what_keeps_somebody_in(
+    result: Result, sweep_request: SweepRequest, changes: dict[str, Any], stays: bool
+) -> None:
     """The one that is looked at is slower than onnx-cpu everywhere; each change gives it one thing to win, or not."""
     best = Figures({1: 1000, 8: 1000}, {1: 1.0}, memory_bytes=200 * MB)
     slow = replace(Figures({1: 10, 8: 10}, {1: 100.0}, flips=5, memory_bytes=300 * MB), **changes)
     torch = replace(best, per_s={1: 100, 8: 100}, p99_ms={1: 10.0}, memory_bytes=400 * MB)
-    look = result_of(result, {TORCH: torch, ONNX: best, INT8: slow}, request.bundle)
+    look = result_of(result, {TORCH: torch, ONNX: best, INT8: slow}, sweep_request.bundle)
     chance = chances(contenders([look]))["onnx-cpu:int8"]
     assert (chance.share >= 1 - MARGIN) == stays
     if not changes:
@@ -388,9 +392,9 @@ def test_an_interruption_says_what_is_kept(
     assert f"finished runs kept in {tmp_path}: 1; the same command goes on" in capsys.readouterr().err
 
 
-def test_only_a_whole_sweep_is_read(result: Result, request: SweepRequest, tmp_path: Path) -> None:
+def test_only_a_whole_sweep_is_read(result: Result, sweep_request: SweepRequest, tmp_path: Path) -> None:
     path = tmp_path / SWEEP_FILE
-    sweep = sweep_of(result, {TORCH: Figures(), ONNX: Figures()}, request.bundle)
+    sweep = sweep_of(result, {TORCH: Figures(), ONNX: Figures()}, sweep_request.bundle)
     write_result(sweep, path)
     assert read_sweep(path) == sweep
     fields = json.loads(path.read_text())
