@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,17 @@ def test_only_what_every_room_needs_lies_flat() -> None:
     rooms = {path.name for path in (ROOT / "bench").iterdir() if (path / "__init__.py").exists()}
     assert flat == {"__init__", "__main__", "errors"}
     assert rooms == ALLOWED.keys() - flat
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in PACKAGES
+        for path in files(package)
+        if path.stem == "__init__"
+    }
+    assert sorted(listed) == sorted(there)
 
 
 def test_imports_are_no_tower() -> None:
