@@ -11,7 +11,7 @@ import torch
 
 from bench.backends.contract import Options, Profile
 from bench.backends.registry import find_backend
-from bench.backends.torchscript import _placement, convolutions_allow_tf32
+from bench.backends.torch_script import _placement, convolutions_allow_tf32
 from export.bundle import Bundle
 
 
