@@ -23,6 +23,9 @@ STORED = ROOT / ".benchmarks"
 # Runs of the same code in one process after another were seen to differ by up to 9 % on a machine with other work.
 SLOWER = "median:20%"
 
+# Two processes, and not one for each CPU: their torch takes a gigabyte each. Benchmarks don't go with them.
+IN_PARALLEL = ("--numprocesses", "2", "--dist", "worksteal", "--benchmark-disable")
+
 nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["lint", "tests"]
 nox.options.stop_on_first_error = True  # exporting after a training that failed would export an older one
@@ -87,8 +90,12 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests; arguments go to pytest."""
-    run(session, "-m", "pytest", *session.posargs)
+    """Run the tests in two processes, those that time something after them; arguments go to pytest instead."""
+    if session.posargs:
+        run(session, "-m", "pytest", *session.posargs)
+        return
+    run(session, "-m", "pytest", *IN_PARALLEL, "-m", "not slow and not serial")
+    run(session, "-m", "pytest", "-m", "serial and not slow")
 
 
 @nox.session

@@ -34,6 +34,7 @@ from export.bundle import (
     Tolerances,
     sha256_file,
 )
+from export.bundle.verdict import departure, rms_error
 from export.fold.report import FoldReport, Runtime, Strategy
 from export.variants import File, Plan
 from trainer.errors import EXIT_NEGATIVE, UserError
@@ -270,7 +271,7 @@ def _check_files(
         counted = tolerances is None or entry.precision != "float32"
         logits = truth.run_in_batches(run, taken if counted else taken[:CHECK_INPUTS], whole)
         if tolerances is None:
-            unit = truth.rms_error(logits, oracle.logits)
+            unit = rms_error(logits, oracle.logits)
             if not np.isfinite(unit):
                 raise ExportRefused("The unfolded model's float32 logits are not finite: it overflows.")
             tolerances = Tolerances(float32_rms_error=unit)
@@ -280,7 +281,7 @@ def _check_files(
             problem = (
                 truth.failure(few, oracle, tolerances, entry.precision)
                 if entry.precision == "float32"
-                else truth.departure(few, logits, oracle)
+                else departure(few, logits, oracle)
             )
         if problem is not None:
             remedy = "" if entry.precision == "float32" else f" Leave --variant {entry.variant} out."

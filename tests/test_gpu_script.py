@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests" / "gpu.py"
+pytestmark = pytest.mark.serial  # its steps have seconds, and what is left over of them counts
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_an_onnxruntime_on_pythonpath_is_the_one_that_workers_use(tmp_path: Path
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('this is the one on PYTHONPATH')\n")
     program = (
-        "from bench.backend import BACKENDS; from bench.lanes import availability\n"
+        "from bench.backends.registry import BACKENDS; from bench.run.availability import availability\n"
         "for name in set(BACKENDS) - {'onnx-cpu'}: del BACKENDS[name]\n"
         "print(availability(threads=1, timeout_s=60)['onnx-cpu'])"
     )

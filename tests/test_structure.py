@@ -1,16 +1,35 @@
-"""Three rooms, one arrow: trainer ← export ← bench, and nothing heavy before it is needed."""
+"""One arrow: trainer ← export ← bench; the walls between the rooms of bench; nothing heavy before it is needed.
+
+docs/architecture.md says why each wall stands where it does.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trainer", "export", "bench")
+# Which rooms of bench, or which module of a room, a room may import besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "machine": set(),
+    "backends": {"errors"},
+    "results": {"errors", "machine", "backends.contract"},
+    "worker": {"machine", "backends", "results"},
+    "report": {"errors", "machine", "results"},
+    "run": {"errors", "machine", "backends.contract", "backends.registry", "results", "worker"},
+    "sweep": {"errors", "machine", "backends", "results", "run"},
+    "cli": {"errors", "machine", "backends", "results", "report", "run", "sweep"},
+    "__main__": {"cli"},
+}
+LONGEST_CHAIN = 15
 HEAVY = ("torch", "torchvision", "onnxruntime", "onnx", "matplotlib", "scipy")
 
 
@@ -50,6 +69,103 @@ def test_bench_imports_the_bundle_only() -> None:
     for path in files("bench"):
         foreign = {name for name in rooms(path) if not name.startswith("bench")} - {"export"}
         assert all(name == "export.bundle" or name.startswith("export.bundle.") for name in foreign), (path, foreign)
+
+
+def modules(bench: Path) -> dict[str, Path]:
+    """Every module of bench by its name below `bench`: ``results.schema``; a package by that of its folder."""
+    found = {".".join(path.relative_to(bench).with_suffix("").parts): path for path in sorted(bench.rglob("*.py"))}
+    return {name.removesuffix(".__init__"): path for name, path in found.items()}
+
+
+def imports(bench: Path) -> dict[str, set[str]]:
+    """By each module of bench those that it imports, wherever in the file."""
+    known = modules(bench)
+    found: dict[str, set[str]] = {}
+    for name, path in known.items():
+        targets = {target.removeprefix("bench.") for target in imported(path) if target.startswith("bench.")}
+        # `imported` names what is imported from a module as if that were a module too.
+        found[name] = {target for target in targets if target in known} - {name}
+    return found
+
+
+def crossings(bench: Path) -> list[str]:
+    """The imports between two rooms that `ALLOWED` doesn't name."""
+    found = []
+    for name, targets in imports(bench).items():
+        room = name.partition(".")[0]
+        for target in sorted(targets):
+            allowed = {room, *ALLOWED.get(room, ())}
+            if not any(target == wall or target.startswith(f"{wall}.") for wall in allowed):
+                found.append(f"{name} imports {target}")
+    return found
+
+
+def longest_chain(graph: dict[str, set[str]]) -> list[str]:
+    """The longest way down the imports. Raises AssertionError for a circle."""
+    longest: dict[str, list[str]] = {}
+
+    def below(name: str, above: tuple[str, ...]) -> list[str]:
+        assert name not in above, f"a circle of imports: {' → '.join((*above, name))}"
+        if name not in longest:
+            ways = [below(target, (*above, name)) for target in sorted(graph[name])]
+            longest[name] = [name, *max(ways, key=len, default=[])]
+        return longest[name]
+
+    return max((below(name, ()) for name in graph), key=len)
+
+
+def test_no_import_crosses_a_wall_of_bench() -> None:
+    assert crossings(ROOT / "bench") == []
+
+
+def test_an_import_that_crosses_is_found(tmp_path: Path) -> None:
+    for name, text in {
+        "errors": "",
+        "backends/contract": "from bench.errors import BenchError",
+        "backends/onnx": "def load():\n    from bench import errors",
+        "results/schema": "from bench.backends.contract import Device\nfrom bench.backends import onnx",
+        "report/page": "if TYPE_CHECKING:\n    from bench.run.plan import Plan",
+        "run/plan": "import bench.report.page",
+    }.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert crossings(tmp_path) == [
+        "report.page imports run.plan",
+        "results.schema imports backends.onnx",
+        "run.plan imports report.page",
+    ]
+    with pytest.raises(AssertionError, match=r"a circle of imports: report.page → run.plan → report.page"):
+        longest_chain(imports(tmp_path))
+
+
+def test_only_what_every_room_needs_lies_flat() -> None:
+    flat = {path.stem for path in (ROOT / "bench").glob("*.py")}
+    rooms = {path.name for path in (ROOT / "bench").iterdir() if (path / "__init__.py").exists()}
+    assert flat == {"__init__", "__main__", "errors"}
+    assert rooms == ALLOWED.keys() - flat
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in PACKAGES
+        for path in files(package)
+        if path.stem == "__init__"
+    }
+    assert sorted(listed) == sorted(there)
+
+
+def test_imports_are_no_tower() -> None:
+    longest = longest_chain(imports(ROOT / "bench"))
+    assert len(longest) <= LONGEST_CHAIN, longest
+
+
+def test_tests_stand_in_the_rooms_that_they_test() -> None:
+    rooms = {path.parent.name for path in (ROOT / "tests" / "bench").glob("*/test_*.py")}
+    assert rooms == {name for name in ALLOWED if (ROOT / "bench" / name).is_dir()}
+    assert not list((ROOT / "tests" / "bench").glob("test_*.py"))
 
 
 @pytest.mark.parametrize(

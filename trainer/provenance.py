@@ -15,8 +15,11 @@ from importlib import metadata
 from pathlib import Path
 
 
-def git_commit(tracked: Path) -> str | None:
-    """The commit of the checkout that tracks the file; None where none does, or there is no git."""
+def git_commit(tracked: Path, *, dirty: bool = False) -> str | None:
+    """The commit of the checkout that tracks the file; None where none does, or there is no git.
+
+    `dirty`: with ``-dirty`` at its end where files of the checkout differ from it.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(tracked.parent), *arguments]
@@ -24,6 +27,8 @@ def git_commit(tracked: Path) -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", tracked.name)  # an installed copy may lie inside somebody else's checkout
+        if dirty:
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
         return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from bench.backend import Backend, Device, Options, Placement, Setting
+from bench.backends.contract import Backend, Device, Options, Placement, Runnable, Server, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +27,13 @@ class Null:
     formats: ClassVar[tuple[Format, ...]] = ()
     reference: ClassVar[bool] = False
     on_request: ClassVar[bool] = True
+    shows_fold: ClassVar[bool] = False
+    server: ClassVar[Server | None] = None
 
     def unavailable_reason(self) -> str | None:
+        return None
+
+    def program(self, file: Runnable) -> None:
         return None
 
     def load(self, bundle: Bundle, options: Options) -> NullSession:

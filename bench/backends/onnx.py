@@ -8,13 +8,28 @@ without a word. What counts is which provider each node was assigned to, which o
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, Profile, Session, Setting, input_of, locate, preparation
-from bench.backends.pieces import pieces
+from bench.backends.contract import (
+    Backend,
+    Options,
+    Placement,
+    Profile,
+    Program,
+    Runnable,
+    Server,
+    Session,
+    Setting,
+    file_path,
+    input_of,
+    preparation,
+    text,
+)
+from bench.backends.pieces import piece_lines, pieces
 from bench.backends.torch_runtime import GpuMemory, TorchDevice, torch_unavailable_reason
 
 if TYPE_CHECKING:
@@ -121,8 +136,36 @@ class Onnx:
             )
         return None
 
+    @property
+    def shows_fold(self) -> bool:
+        return not self.on_request
+
+    @property
+    def server(self) -> Server | None:
+        if self.on_request:  # the server has no such session
+            return None
+        further = (("inter_op_thread_count", "1"),)
+        return Server("onnxruntime", {".onnx": "model.onnx"}, "intra_op_thread_count", further)
+
+    def program(self, file: Runnable) -> Program:
+        call = f"session.run([{text(file.output.name)}], {{{text(file.input.name)}: x}})[0]"
+        if not self.preset.parallel:
+            return Program(_session_lines(file, self.preset), [f"return {call}.astype(np.float32)"])
+        load = [
+            "from concurrent.futures import ThreadPoolExecutor",
+            "",
+            *_session_lines(replace(file, threads=1), self.preset),
+            f"pool = ThreadPoolExecutor({file.threads})",
+        ]
+        run = [
+            *piece_lines(file.threads),
+            f"found = pool.map(lambda x: {call}, pieces)",
+            "return np.concatenate(list(found)).astype(np.float32)",
+        ]
+        return Program(load, run)
+
     def load(self, bundle: Bundle, options: Options) -> Session:
-        path = locate(self, bundle, options)
+        path = file_path(self, bundle, options)
         if self.device == "cuda":
             return _load_on_gpu(path, bundle, options, self.preset)
         session = open_session(str(path), "cpu", options, self.preset)
@@ -131,6 +174,30 @@ class Onnx:
             return CpuSession(session, bundle, options, placement, settings)
         settings |= {"session_threads": settings["intra_op_threads"], "intra_op_threads": options.threads}
         return ParallelSession(session, bundle, options, placement, settings)
+
+
+def _session_lines(file: Runnable, preset: Preset) -> list[str]:
+    """Lines of Python that load an ONNX file as the preset does. A CUDA graph ties a program to fixed batches: it is
+    left to the user.
+    """
+    provider = '"CPUExecutionProvider"'
+    if file.device == "cuda":
+        options = {"use_tf32": "0"} | CONVOLUTION_SEARCH | ({"prefer_nhwc": "1"} if preset.nhwc else {})
+        provider = f'("CUDAExecutionProvider", {json.dumps(options)})'
+    settings = []
+    if not preset.every_optimisation:
+        level = "onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC"
+        settings.append(f"options.graph_optimization_level = {level}")
+    if not preset.spinning:
+        settings.append(f'options.add_session_config_entry("{SPINNING}", "0")')
+    return [
+        "import onnxruntime",
+        "",
+        "options = onnxruntime.SessionOptions()",
+        f"options.intra_op_num_threads = {file.threads}",
+        *settings,
+        f"session = onnxruntime.InferenceSession({text(file.path)}, options, providers=[{provider}])",
+    ]
 
 
 def _load_on_gpu(path: Path, bundle: Bundle, options: Options, preset: Preset) -> Session:

@@ -24,13 +24,28 @@ takes 0.1 s for each batch size. To start a request and wait for it is no slower
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Device, Options, Placement, Profile, Session, Setting, locate, preparation
-from bench.backends.pieces import pieces
+from bench.backends.contract import (
+    Backend,
+    Device,
+    Options,
+    Placement,
+    Profile,
+    Program,
+    Runnable,
+    Server,
+    Session,
+    Setting,
+    file_path,
+    preparation,
+    text,
+)
+from bench.backends.pieces import piece_lines, pieces
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,26 +73,64 @@ class OpenVino:
     device: ClassVar[Device] = "cpu"
     formats: ClassVar[tuple[Format, ...]] = ("openvino", "onnx")
     reference: ClassVar[bool] = False
+    shows_fold: ClassVar[bool] = False
 
     @property
     def on_request(self) -> bool:
         return self.throughput
+
+    @property
+    def server(self) -> Server | None:
+        files = {".xml": "model.xml", ".bin": "model.bin", ".onnx": "model.onnx"}
+        padding = (("ENABLE_BATCH_PADDING", "YES"),)
+        return None if self.throughput else Server("openvino", files, "INFERENCE_NUM_THREADS", padding)
+
+    def program(self, file: Runnable) -> Program:
+        if not self.throughput:
+            return Program(_compile_lines(file, "LATENCY", 1), ["return model(x)[0].astype(np.float32)"])
+        load = [*_compile_lines(file, "THROUGHPUT", file.threads), "queue = openvino.AsyncInferQueue(model)"]
+        run = [
+            *piece_lines(file.threads),
+            "found = [np.empty(0)] * len(pieces)",
+            "queue.set_callback(lambda request, n: found.__setitem__(n, request.get_output_tensor().data.copy()))",
+            "for n, piece in enumerate(pieces):",
+            "    queue.start_async(piece, n)",
+            "queue.wait_all()",
+            "return np.concatenate(found).astype(np.float32)",
+        ]
+        return Program(load, run)
 
     def unavailable_reason(self) -> str | None:
         try:
             import openvino
         except (ImportError, OSError) as error:  # OSError: a shared library is missing
             return f"OpenVINO can't be imported ({error}). Install it: python -m pip install 'ninefold[openvino]'"
-        found = openvino.Core().available_devices
-        if DEVICE not in found:
+        devices = openvino.Core().available_devices
+        if DEVICE not in devices:
             return (
-                f"OpenVINO {openvino.__version__} finds no {DEVICE} device here ({', '.join(found) or 'none at all'}): "
-                "it does not support this processor. Try another release: python -m pip install --upgrade openvino"
+                f"OpenVINO {openvino.__version__} finds no {DEVICE} device ({', '.join(devices) or 'none at all'}): it "
+                "does not support this processor. Try another release: python -m pip install --upgrade openvino"
             )
         return None
 
     def load(self, bundle: Bundle, options: Options) -> Session:
-        return OpenVinoSession(locate(self, bundle, options), bundle, options, self.throughput)
+        return OpenVinoSession(file_path(self, bundle, options), bundle, options, self.throughput)
+
+
+def _compile_lines(file: Runnable, hint: str, streams: int) -> list[str]:
+    """Loads an OpenVINO model for any batch size, where `bench` compiles it for each."""
+    settings = {
+        "PERFORMANCE_HINT": hint,
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": file.threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    return [
+        "import openvino",
+        "",
+        f"settings = {json.dumps(settings)}",
+        f'model = openvino.compile_model({text(file.path)}, "CPU", settings)',
+    ]
 
 
 @dataclass(frozen=True)

@@ -22,3 +22,11 @@ def pieces(images: int, threads: int) -> list[slice]:
     """
     size = min(LARGEST, -(-images // threads))
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
+
+
+def piece_lines(threads: int) -> list[str]:
+    """Lines of Python that cut `x` so, into `pieces`."""
+    return [
+        f"size = min({LARGEST}, -(-len(x) // {threads}))",
+        "pieces = [x[start : start + size] for start in range(0, len(x), size)]",
+    ]

@@ -16,8 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, Setting, locate
-from bench.backends.torch_runtime import TorchDevice, TorchSession, configure_torch, torch_unavailable_reason
+from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, file_path, text
+from bench.backends.torch_runtime import (
+    TorchDevice,
+    TorchSession,
+    configure_torch,
+    torch_lines,
+    torch_unavailable_reason,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +49,8 @@ class AheadOfTime:
     device: TorchDevice
     reference: ClassVar[bool] = False
     on_request: ClassVar[bool] = False
+    shows_fold: ClassVar[bool] = False
+    server: ClassVar[Server | None] = None
 
     @property
     def name(self) -> str:
@@ -61,11 +69,14 @@ class AheadOfTime:
             return f"torch {torch.__version__} can't load AOTInductor packages. Install torch 2.11 or newer."
         return None
 
+    def program(self, file: Runnable) -> Program:
+        return torch_lines(file, [f"module = torch._inductor.aoti_load_package({text(file.path)})"])
+
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         import torch
 
         configure_torch(options)
-        path = locate(self, bundle, options)
+        path = file_path(self, bundle, options)
         loader_of: Any = torch._C._aoti.AOTIModelPackageLoader
         built_for: dict[str, str] = loader_of.load_metadata_from_package(str(path), MODEL)
         sources = "\n".join(_sources(path))

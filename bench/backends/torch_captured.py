@@ -17,9 +17,16 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Device, Options, Placement, Setting, locate
+from bench.backends.contract import Backend, Device, Options, Placement, Program, Runnable, Server, Setting, file_path
 from bench.backends.torch_program import load_program
-from bench.backends.torch_runtime import GpuMemory, TorchSession, configure_torch, torch_unavailable_reason
+from bench.backends.torch_runtime import (
+    GpuMemory,
+    TorchSession,
+    configure_torch,
+    export_lines,
+    torch_lines,
+    torch_unavailable_reason,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +45,7 @@ class CapturedProgram:
     formats: ClassVar[tuple[Format, ...]] = ("pt2",)
     reference: ClassVar[bool] = False
     on_request: ClassVar[bool] = False
+    server: ClassVar[Server | None] = None
 
     @property
     def name(self) -> str:
@@ -57,12 +65,21 @@ class CapturedProgram:
             )
         return None
 
+    @property
+    def shows_fold(self) -> bool:
+        return not self.compiled
+
+    def program(self, file: Runnable) -> Program:
+        """Without the CUDA graph, which ties a program to fixed batches."""
+        module = "torch.compile(program.module())" if self.compiled else "program.module()"
+        return torch_lines(file, [*export_lines(file), f"module = {module}"])
+
     def load(self, bundle: Bundle, options: Options) -> CapturedSession:
         import torch
 
         configure_torch(options)
         torch.backends.cudnn.benchmark = True
-        module, placement = load_program(locate(self, bundle, options), "cuda")
+        module, placement = load_program(file_path(self, bundle, options), "cuda")
         run: Any = torch.compile(module) if self.compiled else module
         return CapturedSession(run, bundle, options, placement, {"compiled": self.compiled})
 

@@ -20,9 +20,15 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Device, Options, locate
+from bench.backends.contract import Backend, Device, Options, Program, Runnable, Server, file_path
 from bench.backends.torch_program import load_program
-from bench.backends.torch_runtime import TorchSession, configure_torch, torch_unavailable_reason
+from bench.backends.torch_runtime import (
+    TorchSession,
+    configure_torch,
+    export_lines,
+    torch_lines,
+    torch_unavailable_reason,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +48,18 @@ class CompiledProgram:
     formats: ClassVar[tuple[Format, ...]] = ("pt2",)
     reference: ClassVar[bool] = False
     on_request: ClassVar[bool] = True  # who didn't ask for it would not want to wait for it
+    shows_fold: ClassVar[bool] = False
+    server: ClassVar[Server | None] = None
 
     def unavailable_reason(self) -> str | None:
         return torch_unavailable_reason("cpu") or compiler_missing()
 
+    def program(self, file: Runnable) -> Program:
+        return torch_lines(file, [*export_lines(file), "module = torch.compile(program.module(), dynamic=False)"])
+
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         configure_torch(options)
-        module, placement = load_program(locate(self, bundle, options), "cpu")
+        module, placement = load_program(file_path(self, bundle, options), "cpu")
         return TorchSession(CompiledForEachShape(module), bundle, "cpu", options, placement, {"compiled": True})
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.backend import Backend, Options, Placement, locate
+from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, file_path
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
     configure_torch,
+    export_lines,
     stray_tensors,
+    torch_lines,
     torch_unavailable_reason,
 )
 
@@ -33,6 +35,8 @@ class TorchProgram:
     formats: ClassVar[tuple[Format, ...]] = ("pt2",)
     reference: ClassVar[bool] = True
     on_request: ClassVar[bool] = False
+    shows_fold: ClassVar[bool] = False
+    server: ClassVar[Server | None] = None
 
     @property
     def name(self) -> str:
@@ -41,9 +45,12 @@ class TorchProgram:
     def unavailable_reason(self) -> str | None:
         return torch_unavailable_reason(self.device)
 
+    def program(self, file: Runnable) -> Program:
+        return torch_lines(file, [*export_lines(file), "module = program.module()"])
+
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         configure_torch(options)
-        module, placement = load_program(locate(self, bundle, options), self.device)
+        module, placement = load_program(file_path(self, bundle, options), self.device)
         return TorchSession(module, bundle, self.device, options, placement, {})
 
 

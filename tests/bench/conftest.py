@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from bundles import shorten, tamper
 
-from bench.backend import BACKENDS, Profile
-from bench.plan import Plan
-from bench.results import Result
-from bench.run import run
+from bench.backends.contract import Profile
+from bench.backends.registry import BACKENDS
+from bench.results.schema import Result
+from bench.run.plan import Plan
+from bench.run.rounds import run
 
 TamperedBundle = Callable[..., Path]
 
@@ -22,7 +23,18 @@ TamperedBundle = Callable[..., Path]
 def faulty_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers the misbehaving backends under their names in lower case; worker processes find them too."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    faults = ("crashing", "hanging", "hungry", "raising", "transposed", "unavailable", "unloadable", "dying", "lying")
+    faults = (
+        "crashing",
+        "hanging",
+        "hungry",
+        "raising",
+        "transposed",
+        "unavailable",
+        "unloadable",
+        "dying",
+        "lying",
+        "fatal",
+    )
     for name in faults:
         monkeypatch.setitem(BACKENDS, name, f"faulty_backends:{name.upper()}")
 

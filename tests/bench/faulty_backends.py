@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.backend import Options, Placement, Session, Setting
+from bench.backends.contract import Options, Placement, Runnable, Session, Setting
 from bench.backends.onnx import CPU, CpuSession, Onnx, open_session, read_placement
 from export.bundle import Bundle
 
@@ -25,10 +25,15 @@ class Faulty:
     formats: tuple[str, ...] = ("onnx",)
     on_request: bool = False
     reference: bool = False
+    shows_fold: bool = False
+    server: None = None
     reason: str | None = None
 
     def unavailable_reason(self) -> str | None:
         return self.reason
+
+    def program(self, file: Runnable) -> None:
+        return None
 
     def load(self, bundle: Bundle, options: Options) -> Session:
         return FaultySession(self.name, CPU.load(bundle, options))
@@ -83,6 +88,11 @@ class DyingAtLoad(Faulty):
         os._exit(7)
 
 
+class Fatal(Faulty):
+    def unavailable_reason(self) -> str | None:
+        os._exit(7)
+
+
 class Lying(Onnx):
     """onnx-cuda that says it is available, as onnxruntime's own list of providers does, and runs what it was given."""
 
@@ -108,3 +118,4 @@ UNAVAILABLE = Faulty("unavailable", reason="there is no such accelerator. Plug o
 UNLOADABLE = Unloadable("unloadable")
 DYING = DyingAtLoad("dying")
 LYING = Lying("cuda")
+FATAL = Fatal("fatal")

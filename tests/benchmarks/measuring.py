@@ -34,16 +34,18 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from bundles import shorten
 
-from bench.backend import BACKENDS, Options, Profile, Session, resolve
-from bench.lanes import loaded
-from bench.loadgen import Driven, Load, Scenario, read_summary
-from bench.measure import timed_block, wait_until_quiet
-from bench.plan import Plan
-from bench.results import Result
-from bench.run import run
-from bench.summary import slower
-from bench.wording import ratio_words
-from bench.worker import Drive, Measure, Measured, Prepare, Prepared
+from bench.backends.contract import Options, Profile, Runnable, Session
+from bench.backends.registry import BACKENDS, resolve
+from bench.report.wording import ratio_words
+from bench.results.derive import slower
+from bench.results.schema import Result
+from bench.results.terms import Scenario
+from bench.run.lanes import loaded
+from bench.run.plan import Plan
+from bench.run.rounds import run
+from bench.worker.clock import timed_block, wait_until_quiet
+from bench.worker.loadgen import Driven, Load, read_summary
+from bench.worker.messages import Drive, Measure, Measured, Prepare, Prepared
 from export.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +87,11 @@ class Slowed:
     formats: tuple[str, ...] = ("onnx",)
     reference: bool = False
     on_request: bool = True
+    shows_fold: bool = False
+    server: None = None
+
+    def program(self, file: Runnable) -> None:
+        return None
 
     def unavailable_reason(self) -> str | None:
         return resolve(BACKENDS["onnx-cpu"]).unavailable_reason()

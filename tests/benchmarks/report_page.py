@@ -21,8 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.inputs import results_in
-from bench.page.document import html_page
+from bench.report.html.document import html_page
+from bench.results.load import results_in
 from trainer.provenance import cpu_name, git_commit
 
 if TYPE_CHECKING:

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.backend import Profile
-from bench.plan import Plan
-from bench.results import Result
-from bench.run import run
-from bench.statistics import throughput
-from bench.summary import CONTROL_SUFFIX, label_of
+from bench.backends.contract import Profile
+from bench.results.schema import Result
+from bench.results.statistics import throughput
+from bench.results.terms import CONTROL_SUFFIX, label_of
+from bench.run.plan import Plan
+from bench.run.rounds import run
 from export.bundle import Manifest
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +158,7 @@ def methods(manifest: Manifest, backend: str) -> list[str]:
 
 def one_run(bundles: list[Path]) -> Result:
     """The bundles in one run, in this order, with the unfolded files of the first."""
-    from bench.environment import usable_cpus
+    from bench.machine.environment import usable_cpus
 
     plan = Plan(
         bundles=tuple(bundles),

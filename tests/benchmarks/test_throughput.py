@@ -4,7 +4,7 @@
 one in `artifacts/`, if it was exported, else the shortly trained one of the tests: time doesn't depend on the weights.
 
 What is timed ends with the logits in host memory, so that on CUDA too the clock stops when the result is there: `run`
-returns when it exists on the device (see `bench.backend.Session`), and `fetch` copies it.
+returns when it exists on the device (see `bench.backends.contract.Session`), and `fetch` copies it.
 
 All in one process and without interleaving: right for one backend before and after a change. To compare backends with
 each other there is `bench run`; for a small difference between two bundles, `bench ab`.
@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.backend import BACKENDS, Options, find_backend
-from bench.environment import usable_cpus
+from bench.backends.contract import Options
+from bench.backends.registry import BACKENDS, find_backend
+from bench.machine.environment import usable_cpus
 from export.bundle import Bundle
 
 DEFAULT_BUNDLE = Path(__file__).parents[2] / "artifacts" / "bundles" / "article"

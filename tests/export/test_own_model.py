@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bench.backend import Profile
-from bench.plan import Plan
-from bench.results import Result
-from bench.run import exit_code
-from bench.run import run as run_plan
+from bench.backends.contract import Profile
+from bench.cli.exit_codes import exit_code
+from bench.results.schema import Result
+from bench.run.plan import Plan
+from bench.run.rounds import run as run_plan
 from export.build import build
 from export.bundle import Bundle, BundleError
 from export.source import load_own

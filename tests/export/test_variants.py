@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench.backend import Profile
-from bench.parity import judge
+from bench.backends.contract import Profile
+from bench.results.parity import judge
 from export import build, oracle, raw_input, source, variants
 from export.build import ExportRefused
 from export.bundle import COARSER, VARIANTS, Bundle, FileEntry, Oracle, Preprocessing, Source, TensorSpec, Tolerances
+from export.bundle.verdict import departure
 from export.fold import fold_batchnorm
 from export.formats import aoti, openvino_file
 from export.source import Calibration, Material
@@ -331,9 +332,9 @@ def test_logits_that_are_none() -> None:
     assert oracle.failure(truth, judged, TOLERANCES, "int8") is None
     assert "shape" in str(oracle.failure(truth[:, :4], judged, TOLERANCES, "int8"))
     assert "NaN" in str(oracle.failure(np.where(truth > 0, np.nan, truth), judged, TOLERANCES, "float16"))
-    assert "shape" in str(oracle.departure(truth[:3, :2], truth, judged))
-    assert oracle.departure(truth[:3], truth + 0.1, judged) is None
-    assert "another batch size" in str(oracle.departure(truth[:3] + 0.3, truth + 0.1, judged))
+    assert "shape" in str(departure(truth[:3, :2], truth, judged))
+    assert departure(truth[:3], truth + 0.1, judged) is None
+    assert "another batch size" in str(departure(truth[:3] + 0.3, truth + 0.1, judged))
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])

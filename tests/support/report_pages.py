@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bench.inputs import Source
-from bench.results import Result
-from bench.statistics import PairedRatio, Spread
+from bench.results.load import Source
+from bench.results.schema import Result
+from bench.results.statistics import PairedRatio, Spread
 
 
 def with_tails(result: Result) -> Result:

@@ -10,13 +10,13 @@ from typing import Any
 
 from bundles import tamper
 
-from bench.parity import Flip
-from bench.plan import Choice, Plan
-from bench.results import BundleFacts, Failure, FileFacts, Percentiles, Ratio, Result, Row
-from bench.statistics import PairedRatio, Spread
-from bench.summary import label_of
-from bench.sweep import Sweep
+from bench.results.schema import BundleFacts, Failure, FileFacts, Percentiles, Ratio, Result, Row
+from bench.results.statistics import PairedRatio, Spread
+from bench.results.studies import Sweep
+from bench.results.terms import label_of
+from bench.run.plan import Choice, Plan
 from export.bundle import Bundle
+from export.bundle.verdict import Flip
 
 MB = 10**6
 
@@ -149,7 +149,7 @@ def with_variants(bundle: Path, copy: Path, variants: Sequence[str]) -> Path:
 
 
 class Machine:
-    """Takes the place of `bench.run.run`: finds what `world` says, or raises what `errors` says for that turn."""
+    """Takes the place of `bench.run.rounds.run`: finds what `world` says, or raises what `errors` says for a turn."""
 
     def __init__(self, template: Result, bundle: Bundle) -> None:
         self.template, self.bundle = template, bundle

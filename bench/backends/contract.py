@@ -1,0 +1,213 @@
+"""What a backend is: the contract that adapts one runtime on one device, and all that others may know of a runtime.
+
+Which backends there are is `bench.backends.registry`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+
+    from export.bundle import Bundle, FileEntry, Format, Preprocessing, TensorSpec
+
+Device = Literal["cpu", "cuda", "none"]
+Setting = str | int | float | bool
+
+
+class Profile(StrEnum):
+    """Which arithmetic a runtime may use."""
+
+    STRICT = "strict"
+    """float32 everywhere: TF32 is off in every runtime."""
+    FAST = "fast"
+    """TF32 is on in every runtime that has it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a backend is to run. `threads` is the size of the runtime's own pool for one operator; `folded` and `variant`
+    pick the file.
+    """
+
+    threads: int
+    profile: Profile = Profile.STRICT
+    folded: bool = True
+    variant: str = "float32"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which provider or device runs which of the model's compute nodes, and how that is known.
+
+    Attributes:
+        nodes: how many compute nodes each provider or device runs.
+        stray: the compute nodes (or their tensors) that are elsewhere than the backend's name says. A backend with any
+            is refused: its row would lie.
+        exempt: shape arithmetic that sits on the CPU by the runtime's design. It touches no image.
+        evidence: what was looked at.
+    """
+
+    nodes: dict[str, int]
+    evidence: str
+    stray: tuple[str, ...] = ()
+    exempt: tuple[str, ...] = field(default=())
+
+
+class Session(Protocol):
+    """A model loaded on a runtime. The three steps from raw input to logits are apart, so that each can be timed."""
+
+    def prepare(self, raw: np.ndarray) -> Any:
+        """Raw input [N, …], C-contiguous and writable, as the bundle's preprocessing describes it → what the file
+        takes, on the device: preprocessed, or as it is where the file does that itself. What it returns stays valid
+        until `prepare` is called with as many images again; it may still be under way, which `run` waits for."""
+
+    def run(self, prepared: Any) -> Any:
+        """The model on what `prepare` returned. Returns when the result exists on the device, not when queued."""
+
+    def fetch(self, output: Any) -> np.ndarray:
+        """What `run` returned → float32 logits [N, classes] in host memory."""
+
+    def gpu_ns(self, call: Callable[[], object]) -> int | None:
+        """What `call`, which uses this session, takes by the GPU's own clock: from before the first to after the last
+        of what it asks of the GPU. None where there is no GPU in use."""
+
+    def placement(self) -> Placement:
+        """Where the compute nodes run, found out and not assumed."""
+
+    def settings(self) -> dict[str, Setting]:
+        """The settings in effect, read back from the runtime where it tells them: versions, threads, arithmetic,
+        options.
+        """
+
+    def close(self) -> None:
+        """Give the model and its memory back."""
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A file and how it is run. `input` is what it takes: the raw input itself where that is `preprocessing.raw`."""
+
+    device: Device
+    path: str
+    threads: int
+    input: TensorSpec
+    output: TensorSpec
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True)
+class Program:
+    """Lines of Python that need the runtime and NumPy (`np`) alone: `load` loads the file, `run` is the body of a
+    function that makes the logits, as a float32 array, of `x`, an array of what the file takes.
+    """
+
+    load: list[str]
+    run: list[str]
+
+
+@dataclass(frozen=True)
+class Server:
+    """How Triton Inference Server runs a runtime's files: its backend, the names of the files there, its parameters.
+
+    `indexed`: the files have no names for what goes in and out, so that the server takes the place from the name.
+    """
+
+    backend: str
+    suffixes: dict[str, str]
+    threads_parameter: str
+    further: tuple[tuple[str, str], ...] = ()
+    indexed: bool = False
+
+
+class Backend(Protocol):
+    """One runtime on one device."""
+
+    @property
+    def name(self) -> str:
+        """``<format>-<device>``, e.g. ``onnx-cuda``; a preset adds its own name: ``onnx-cpu-parallel``."""
+
+    @property
+    def device(self) -> Device:
+        """Where it runs; ``none`` for the backend that computes nothing."""
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The kinds of file that it loads, the one it prefers first; none for the backend that computes nothing."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether it always runs the unfolded float32 file: it is what the others are compared with."""
+
+    @property
+    def on_request(self) -> bool:
+        """Whether it runs only where somebody names it: a preset of another, or one that takes long to start."""
+
+    @property
+    def shows_fold(self) -> bool:
+        """Whether a suite runs its unfolded file too, to show what folding is worth there."""
+
+    @property
+    def server(self) -> Server | None:
+        """How Triton Inference Server runs its files; None where it can't, or can't as this backend does."""
+
+    def unavailable_reason(self) -> str | None:
+        """None where this backend can run, else why it can't here and what would change that.
+
+        Imports the runtime and tries the device: what a package says of itself is not believed.
+        """
+
+    def load(self, bundle: Bundle, options: Options) -> Session:
+        """Load the bundle's file for this backend. Raises BundleError, or whatever the runtime raises."""
+
+    def program(self, file: Runnable) -> Program | None:
+        """What a user copies to run a file as this backend does in profile strict; None where there is no such text."""
+
+
+def text(value: str) -> str:
+    """A string of Python, for a program."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def input_of(bundle: Bundle, options: Options) -> TensorSpec:
+    """What the file that `options` pick takes."""
+    from export.bundle import takes_raw
+
+    return bundle.manifest.preprocessing.raw if takes_raw(options.variant) else bundle.manifest.input
+
+
+def preparation(bundle: Bundle, options: Options) -> Callable[[np.ndarray], np.ndarray]:
+    """From raw input to what the file takes, in NumPy: the bundle's own preprocessing, or nothing."""
+    from export.bundle import takes_raw
+
+    if takes_raw(options.variant):
+        return lambda raw: raw
+    preprocessing, shape = bundle.manifest.preprocessing, bundle.manifest.input.shape
+    return lambda raw: preprocessing.apply(raw, shape)
+
+
+def file_of(backend: Backend, bundle: Bundle, options: Options) -> FileEntry | None:
+    """The bundle's file that `backend` runs with these options; None where it has none."""
+    entries = (bundle.find(format, options.variant, options.folded) for format in backend.formats)
+    return next((entry for entry in entries if entry is not None), None)
+
+
+def file_path(backend: Backend, bundle: Bundle, options: Options) -> Path:
+    """The path of `file_of`, after its hash was checked. Raises BundleError, also where there is no such file."""
+    from export.bundle import BundleError
+
+    entry = file_of(backend, bundle, options)
+    if entry is None:
+        raise BundleError(
+            f"the bundle at {bundle.path} has no {options.variant} file for {backend.name} "
+            f"({', '.join(backend.formats)}, {'folded' if options.folded else 'unfolded'}). Export it again with that "
+            "variant."
+        )
+    return bundle.locate(entry)

@@ -1,0 +1,37 @@
+"""From a result to an exit code."""
+
+from __future__ import annotations
+
+from bench.errors import EXIT_NEGATIVE
+from bench.results.scenario import ScenarioResult
+from bench.results.schema import Result
+from bench.results.studies import Suite, Sweep
+
+
+def exit_code(result: Result) -> int:
+    """0, or 1 when a parity failed or a backend did not finish."""
+    failed = any(subject.failure or (subject.parity and not subject.parity.passed) for subject in result.subjects)
+    return EXIT_NEGATIVE if failed else 0
+
+
+def scenario_exit_code(result: ScenarioResult) -> int:
+    """0, or 1 when a parity failed, a backend did not finish, or LoadGen calls what counts INVALID."""
+    for row in result.rows:
+        parity = row.subject.parity
+        if row.subject.failure or (parity and not parity.passed):
+            return EXIT_NEGATIVE
+        if row.reported is None or row.runs[row.reported].verdict == "INVALID":
+            return EXIT_NEGATIVE
+    return 0
+
+
+def suite_exit_code(suite: Suite) -> int:
+    """0, or 1 when a parity failed, a backend did not finish, or a whole run could not be made."""
+    failed = any(entry.failed for entry in suite.left_out)
+    return EXIT_NEGATIVE if failed else max(exit_code(result) for result in suite.runs)
+
+
+def sweep_exit_code(sweep: Sweep) -> int:
+    """0, or 1 when a float32 file is wrong, or something that was due could not be measured."""
+    failed = any(entry.failed for entry in sweep.skipped)
+    return EXIT_NEGATIVE if failed else max(exit_code(result) for result in sweep.runs)

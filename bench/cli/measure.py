@@ -1,0 +1,297 @@
+"""`bench run`, `ab` and `parity`: options to a plan, and the plan to a result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bench.backends.contract import Profile
+from bench.backends.registry import registered
+from bench.cli.options import (
+    DEFAULT_BUNDLE,
+    DEFAULT_THRESHOLD_PERCENT,
+    DEFAULT_TIMEOUT_S,
+    BackendOption,
+    BatchSizeOption,
+    BlockOption,
+    BundleOption,
+    ControlOption,
+    ProfileOption,
+    ThreadsOption,
+    TimeoutOption,
+    VariantOption,
+    check_judged,
+    check_names,
+    command_line,
+    default_place,
+    shown_progress,
+)
+from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
+from bench.results.terms import Scenario
+
+if TYPE_CHECKING:
+    from bench.run.plan import Plan
+    from bench.run.scenario import ScenarioRequest
+
+
+# One image as it arrives, a batch that still fits the caches, and one that doesn't.
+DEFAULT_BATCH_SIZES = (1, 64, 256)
+DEFAULT_BLOCK_MS = 150.0
+# A run that nobody asked to be long ends within two minutes even where every call is slow: no round begins after this.
+DEFAULT_TIME_LIMIT_S = 90.0
+# A minute for the seven or so runs of server. MLPerf's rules ask for 600 s each; their bound for images is 15 ms.
+DEFAULT_MIN_DURATION_S, DEFAULT_LATENCY_BOUND_MS, DEFAULT_SAMPLES_PER_QUERY = 10.0, 15.0, 8
+
+
+def run_command(
+    backend: BackendOption = None,
+    batch_size: BatchSizeOption = None,
+    bundle: BundleOption = DEFAULT_BUNDLE,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Where the result goes. Default: artifacts/results/<bundle>.json"),
+    ] = None,
+    threads: ThreadsOption = None,
+    profile: ProfileOption = Profile.STRICT,
+    variant: VariantOption = None,
+    control: ControlOption = False,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            "--rounds",
+            min=1,
+            help="How often each backend gets its turn; an interval needs six. Default: until more tell little more.",
+        ),
+    ] = None,
+    block_ms: BlockOption = DEFAULT_BLOCK_MS,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+    scenario: Annotated[
+        Scenario | None,
+        typer.Option("--scenario", help="Instead of rounds, the load of MLPerf LoadGen. Needs the extra [mlperf]."),
+    ] = None,
+    min_duration_s: Annotated[
+        float | None,
+        typer.Option("--min-duration-s", min=0.1, help="Scenarios: seconds of each LoadGen run at least. Default: 10."),
+    ] = None,
+    latency_bound_ms: Annotated[
+        float | None,
+        typer.Option("--latency-bound-ms", min=0.001, help="server: what the p99 must not exceed. Default: 15."),
+    ] = None,
+    samples_per_query: Annotated[
+        int | None, typer.Option("--samples-per-query", min=1, help="multi-stream: images of a query. Default: 8.")
+    ] = None,
+) -> None:
+    """Accuracy parity and throughput: a table, and a JSON result with the raw samples.
+
+    Exit code 1 when a parity failed, a backend did not finish, or LoadGen calls its scenario invalid.
+    """
+    check_names(backend)
+    request = _scenario_request(scenario, min_duration_s, latency_bound_ms, samples_per_query, batch_size, rounds)
+    from bench.report.terminal.console import console
+    from bench.report.terminal.run import print_run
+    from bench.results.files import check_writable, write_result
+
+    ending = "" if scenario is None else f"-{scenario}"
+    target = json or default_place(bundle, f"{ending}.json")
+    from bench.cli.exit_codes import exit_code
+    from bench.run.rounds import run
+
+    selection = _selection((bundle,), backend, variant, threads, profile, timeout, control)
+    plan = replace(_in_rounds(selection, batch_size, rounds, block_ms), survey=True)
+
+    check_writable(target)
+    if request is not None:
+        raise typer.Exit(_run_scenario(plan, request, target))
+    with shown_progress() as progress:
+        result = run(plan, progress)
+    print_run(result, console())
+    write_result(result, target)
+    print(f"result: {target}")
+    raise typer.Exit(exit_code(result))
+
+
+def ab_command(
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE_A BUNDLE_B…", help="The base first, then what to compare with it.")
+    ],
+    backend: BackendOption = None,
+    batch_size: BatchSizeOption = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Where the result goes. Default: nowhere.")
+    ] = None,
+    threads: ThreadsOption = None,
+    profile: ProfileOption = Profile.STRICT,
+    variant: VariantOption = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", min=6, help="How often each gets its turn. Default: until the threshold is decided."),
+    ] = None,
+    block_ms: BlockOption = DEFAULT_BLOCK_MS,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, max=100, help="Percent that a bundle may be slower than the first.")
+    ] = DEFAULT_THRESHOLD_PERCENT,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Compare bundles with the first one in the same rounds of one run.
+
+    Exit code 1 when one is slower, its whole interval below 1 - threshold, when a parity failed, or when a backend did
+    not finish.
+    """
+    check_names(backend)
+    if len(bundles) < 2:
+        raise BenchError("bench ab compares bundles: name at least two folders, the base first.", EXIT_USAGE)
+    from bench.cli.exit_codes import exit_code
+    from bench.report.terminal.comparison import print_comparison
+    from bench.report.terminal.console import console
+    from bench.report.terminal.run import print_run
+    from bench.results.derive import slower
+    from bench.results.files import check_writable, write_result
+    from bench.run.rounds import run
+
+    if json is not None:
+        check_writable(json)
+    selection = _selection(tuple(bundles), backend, variant, threads, profile, timeout)
+    plan = replace(_in_rounds(selection, batch_size, rounds, block_ms), bound=1 - threshold / 100)
+    with shown_progress() as progress:
+        result = run(plan, progress)
+    print_run(result, console())
+    print_comparison(result, threshold, console())
+    if json is not None:
+        write_result(result, json)
+        print(f"result: {json}")
+    raise typer.Exit(max(exit_code(result), EXIT_NEGATIVE if slower(result.ratios, threshold) else 0))
+
+
+def parity_command(
+    backend: BackendOption = None,
+    bundle: BundleOption = DEFAULT_BUNDLE,
+    threads: ThreadsOption = None,
+    profile: ProfileOption = Profile.STRICT,
+    variant: VariantOption = None,
+    control: ControlOption = False,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect", help="Compare every ONNX file with the torch graph node by node, also where parity holds."
+        ),
+    ] = False,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """The verdict alone: each backend's logits against the bundle's float64 oracle.
+
+    Exit code 1 when one failed; every changed prediction is listed, and of an ONNX file that failed the first node that
+    diverges from the torch graph is named.
+    """
+    check_judged(backend)
+    from bench.cli.exit_codes import exit_code
+    from bench.report.terminal.console import console
+    from bench.report.terminal.parity import print_parity
+    from bench.run.rounds import run
+
+    selection = _selection((bundle,), backend, variant, threads, profile, timeout, control)
+    plan = replace(selection, bisect="always" if bisect else "failed")
+    with shown_progress() as progress:
+        result = run(plan, progress)
+    print_parity(result, console())
+    raise typer.Exit(exit_code(result))
+
+
+def _scenario_request(
+    scenario: Scenario | None,
+    min_duration_s: float | None,
+    latency_bound_ms: float | None,
+    samples_per_query: int | None,
+    batch_size: list[int] | None,
+    rounds: int | None,
+) -> ScenarioRequest | None:
+    """The load that was asked for, None without --scenario. Raises BenchError (usage) for an option that would do
+    nothing.
+    """
+    takes: dict[str, tuple[object, tuple[Scenario, ...]]] = {
+        "--min-duration-s": (min_duration_s, tuple(Scenario)),
+        "--latency-bound-ms": (latency_bound_ms, (Scenario.SERVER,)),
+        "--samples-per-query": (samples_per_query, (Scenario.MULTI_STREAM,)),
+    }
+    for option, (value, scenarios) in takes.items():
+        if value is not None and scenario not in scenarios:
+            names = ", ".join(scenarios)
+            raise BenchError(f"{option} needs --scenario with one of: {names}. Leave it out.", EXIT_USAGE)
+    if scenario is None:
+        return None
+    if rounds is not None:
+        raise BenchError("--rounds and --scenario exclude each other: LoadGen decides how long it runs.", EXIT_USAGE)
+    if batch_size and (scenario is not Scenario.OFFLINE or len(batch_size) > 1):
+        raise BenchError(
+            "a scenario decides how many images a call has; only offline takes --batch-size, once. Leave it out (for "
+            "multi-stream there is --samples-per-query).",
+            EXIT_USAGE,
+        )
+    from bench.run.scenario import ScenarioRequest
+
+    images = 1
+    if scenario is Scenario.MULTI_STREAM:
+        images = samples_per_query or DEFAULT_SAMPLES_PER_QUERY
+    elif scenario is Scenario.OFFLINE:
+        images = batch_size[0] if batch_size else DEFAULT_BATCH_SIZES[-1]
+    bound_ms = (latency_bound_ms or DEFAULT_LATENCY_BOUND_MS) if scenario is Scenario.SERVER else None
+    return ScenarioRequest(
+        scenario=scenario,
+        min_duration_s=min_duration_s or DEFAULT_MIN_DURATION_S,
+        images_per_call=images,
+        latency_bound_s=None if bound_ms is None else bound_ms / 1000,
+    )
+
+
+def _run_scenario(plan: Plan, request: ScenarioRequest, target: Path) -> int:
+    """Run, print and write; returns the exit code."""
+    from bench.cli.exit_codes import scenario_exit_code
+    from bench.report.terminal.console import console
+    from bench.report.terminal.scenario import print_scenario
+    from bench.results.files import write_result
+    from bench.run.scenario import log_folder, run_scenario
+
+    with shown_progress() as progress:
+        result = run_scenario(plan, request, target, progress)
+    print_scenario(result, console())
+    write_result(result, target)
+    print(f"result: {target}\nLoadGen's logs: {log_folder(target)}")
+    return scenario_exit_code(result)
+
+
+def _selection(
+    bundles: tuple[Path, ...],
+    backend: list[str] | None,
+    variant: list[str] | None,
+    threads: int | None,
+    profile: Profile,
+    timeout_s: float,
+    control: bool = False,
+) -> Plan:
+    """What runs: with nothing else said, the parity alone."""
+    from bench.machine.environment import usable_cpus
+    from bench.run.plan import Plan
+
+    return Plan(
+        bundles=bundles,
+        backends=tuple(backend) if backend else None,
+        variants=tuple(variant or ("float32",)),
+        command=command_line(),
+        threads=threads or usable_cpus(),
+        profile=profile,
+        timeout_s=timeout_s,
+        control=tuple(registered()) if control else (),
+    )
+
+
+def _in_rounds(selection: Plan, batch_size: list[int] | None, rounds: int | None, block_ms: float) -> Plan:
+    """The selection, to be measured in rounds: in so many, or until they tell little more or the time is over."""
+    return replace(
+        selection,
+        batch_sizes=tuple(sorted(set(batch_size or DEFAULT_BATCH_SIZES))),
+        rounds=rounds,
+        time_limit_s=DEFAULT_TIME_LIMIT_S if rounds is None else None,
+        block_s=block_ms / 1000,
+    )

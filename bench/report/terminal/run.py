@@ -1,0 +1,73 @@
+"""A run's result on a terminal: its tables, and the sentences around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+
+from bench.report import columns, warnings
+from bench.report.columns import Measured
+from bench.report.terminal.around import print_absent, print_machine, print_warnings
+from bench.report.terminal.parity import print_failed
+from bench.report.terminal.table import table
+from bench.report.wording import rounds_words
+from bench.results.roofline import Survey
+from bench.results.schema import Against, Result
+
+
+def print_run(result: Result, out: Console) -> None:
+    """The table of a run, its ratios against the control, and what failed or was skipped."""
+    settings = result.settings
+    for bundle in result.bundles:
+        letter = "" if bundle.letter is None else f"{bundle.letter}: "
+        out.print(f"{letter}[bold]{escape(bundle.name)}[/] (bundle {bundle.digest[:12]}) at {escape(bundle.path)}")
+    out.print(
+        f"profile {settings.profile}, {settings.threads} threads, {rounds_words(result)} interleaved rounds of "
+        f"{settings.block_s * 1000:g} ms"
+    )
+    print_machine(result.environment, result.cpu_busy_percent_at_end, out)
+    if result.rows:
+        out.print(table(columns.RUN, columns.measured(result)))
+        out.print(
+            "images/s: median of the rounds ± half of its 95 % interval; stable: at most 1 %. on the device: the\n"
+            "model on prepared input. end to end, and the latency: from raw input to logits in host memory. p99 at\n"
+            "most: what it does not exceed with 95 % confidence. × torch: throughput over torch's, paired by round,\n"
+            "with its 95 % bootstrap interval. –: too few samples, or nothing to compare.\n"
+        )
+        _print_sensors(result, out)
+    if result.survey is not None:
+        placed = [item for item in columns.measured(result) if columns.point_of(item) is not None]
+        _print_roofline(result.survey, placed, out)
+    compared: dict[Against, str] = {"control": "folded against unfolded", "base": "each bundle against the first"}
+    for against, title in compared.items():
+        if found := columns.compared_files(result, against):
+            out.print(f"[bold]{title}[/]: throughput, paired by round, with its 95 % bootstrap interval")
+            out.print(table(columns.COMPARED, found))
+    print_failed(result.subjects, out)
+    print_absent(result.subjects, result.skipped, out)
+
+
+def _print_roofline(survey: Survey, items: Iterable[Measured], out: Console) -> None:
+    """The model's work, the machine's peaks, and the share that each row reaches."""
+    peaks = "; ".join(
+        f"{peak.device} {peak.flops_per_s * 1e-9:,.0f} GFLOP/s, {peak.copy_bytes_per_s * 1e-9:,.1f} GB/s"
+        for peak in survey.peaks
+    )
+    work = survey.work
+    out.print(
+        f"[bold]roofline[/]: {work.flops_per_image * 1e-6:,.3g} MFLOP and "
+        f"{work.activation_bytes_per_image * 1e-3:,.3g} kB an image, "
+        f"{work.weight_bytes * 1e-6:,.3g} MB of weights a call; measured peaks: {peaks}"
+    )
+    out.print(table(columns.ROOFLINE, items))
+
+
+def _print_sensors(result: Result, out: Console) -> None:
+    """Energy where the machine counts it, what throttled a GPU, and rows in which the clock itself is felt."""
+    for row in result.rows:
+        joules = ", ".join(f"{joule * 1000:.3g} mJ ({counter})" for counter, joule in row.energy_per_image_j.items())
+        if joules:
+            out.print(f"energy per image, {escape(row.subject)} at batch {row.batch_size}: {joules}")
+    print_warnings((*warnings.of_gpus(result), *warnings.of_rows(result)), out)

@@ -1,0 +1,64 @@
+"""What a reader of figures is warned of: a closed set, each with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from bench.machine.environment import BUSY_PERCENT, Environment
+from bench.results.queries import subject_of
+from bench.results.schema import Result
+
+# The clock's own share of a call, in percent, from which on a row says so.
+TIMER_PERCENT = 0.1
+
+
+class Disturbance(StrEnum):
+    """What spoils figures. The value is the advice."""
+
+    BUSY = "expect these figures to be low and to scatter; run again on a quiet machine"
+    SLOWED_GPU = "its figures are of a slower GPU than it is; bench doctor says more"
+    CLOCK_FELT = "calls of larger batches tell more of the backend"
+    OTHER_MACHINE = "what differs is in the ratios too; measure both on one machine with the same settings"
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A disturbance that was seen."""
+
+    kind: Disturbance
+    seen: str
+
+    def __str__(self) -> str:
+        return f"{self.seen}; {self.kind.value}"
+
+
+def of_load(machine: Environment, busy_percent_at_end: float) -> Iterator[Warned]:
+    """Whether something else kept the machine busy."""
+    busy = max(machine.cpu_busy_percent, busy_percent_at_end)
+    if busy > BUSY_PERCENT:
+        yield Warned(Disturbance.BUSY, f"other processes used {busy:.0f} % of the CPUs while no backend ran")
+
+
+def of_gpus(result: Result) -> Iterator[Warned]:
+    """What throttled a GPU, each reason once."""
+    throttled = [(gpu.name, gpu.throttled_by) for reading in result.readings for gpu in reading.gpus]
+    for name, reasons in dict.fromkeys(throttled):
+        if reasons:
+            yield Warned(Disturbance.SLOWED_GPU, f"{name} was slowed down by {', '.join(reasons)}")
+
+
+def of_rows(result: Result) -> Iterator[Warned]:
+    """Rows in which the clock itself is felt."""
+    for row in result.rows:
+        share = row.timer_share_percent or 0
+        if share > TIMER_PERCENT and subject_of(result, row.subject).computes:
+            seen = f"{row.subject} at batch {row.batch_size}: the clock itself is {share:.2g} % of a call"
+            yield Warned(Disturbance.CLOCK_FELT, seen)
+
+
+def of_machines(differences: Sequence[str]) -> Iterator[Warned]:
+    """That two results are of two machines, or of two settings."""
+    for difference in differences:
+        yield Warned(Disturbance.OTHER_MACHINE, f"not the same machine: {difference}")

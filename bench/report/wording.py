@@ -1,0 +1,56 @@
+"""Figures as people read them, alike in a terminal and in a file.
+
+Owns how many digits are shown and how an interval is written. Knows neither tables nor markup.
+"""
+
+from __future__ import annotations
+
+from bench.results.parity import ParityVerdict
+from bench.results.schema import Result
+from bench.results.statistics import MedianRatio, PairedRatio, Spread
+from bench.results.terms import Timing
+
+NOTHING = "–"
+"""Too few samples, or nothing to compare."""
+TIMING_WORDS: dict[Timing, str] = {"device_resident": "on the device", "end_to_end": "end to end"}
+
+
+def spread_words(spread: Spread) -> str:
+    """The median, with half the width of its interval where there is one: ``12,345 ±0.8%``."""
+    half = spread.half_width_percent
+    return per_s(spread.median) + ("" if half is None else f" ±{half:.1f}%")
+
+
+def per_s(value: float) -> str:
+    """Something per second: ``12,345``, or ``98.7`` where it is little."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+
+
+def ratio_words(ratio: PairedRatio | MedianRatio | None, digits: str) -> str:
+    """A ratio with its interval where it has one: ``1.052 (1.049…1.062)``."""
+    if ratio is None:
+        return NOTHING
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.median:{digits}}"
+    return f"{ratio.median:{digits}} ({ratio.low:{digits}}…{ratio.high:{digits}})"
+
+
+def rounds_words(result: Result) -> str:
+    """How many rounds were done, and of how many where the time limit came first."""
+    done, asked = len({sample.round for sample in result.samples}), result.settings.rounds
+    return str(done) if asked in (None, done) else f"{done} of {asked} (time limit)"
+
+
+def flips_words(parity: ParityVerdict) -> str:
+    """How many predictions changed."""
+    return NOTHING if parity.flips is None else str(len(parity.flips))
+
+
+def number(value: float | None, digits: str) -> str:
+    """A number with so many digits."""
+    return NOTHING if value is None else f"{value:{digits}}"
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency in ms: three digits, and no more than that after 100."""
+    return number(value, ".3g" if (value or 0) < 100 else ",.0f")

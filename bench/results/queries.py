@@ -1,0 +1,64 @@
+"""Which rows of a result count: those that finished, those that have a tail, those that are right, the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bench.results.schema import Result, Row, SubjectResult
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The row with the highest throughput end to end, and the best of the other subjects of its result, if any."""
+
+    result: Result
+    row: Row
+    next: Row | None
+
+    @property
+    def shown(self) -> bool:
+        """Whether its interval lies above that of the next."""
+        if self.next is None:
+            return True
+        low = self.row.end_to_end_throughput_images_per_s.low
+        high = self.next.end_to_end_throughput_images_per_s.high
+        return low is not None and high is not None and low > high
+
+
+def finished_rows(result: Result) -> list[Row]:
+    """The rows of the subjects that finished."""
+    failed = {subject.label for subject in result.subjects if subject.failure is not None}
+    return [row for row in result.rows if row.subject not in failed]
+
+
+def tailed_rows(result: Result) -> list[Row]:
+    """The rows with a p99 end to end, less those of the backend that computes nothing: it would beat all others."""
+    computing = {subject.label for subject in result.subjects if subject.computes}
+    rows = [row for row in finished_rows(result) if row.subject in computing]
+    return [row for row in rows if row.end_to_end_latency_ms.p99 is not None]
+
+
+def right_rows(result: Result) -> list[Row]:
+    """The rows that may be called the best: of subjects that finished, compute something, and are right."""
+    out = {s.label for s in result.subjects if not s.computes or (s.parity is not None and not s.parity.passed)}
+    return [row for row in finished_rows(result) if row.subject not in out]
+
+
+def champion(results: Iterable[Result]) -> Champion | None:
+    """The fastest of them all; None where nothing that is right was measured."""
+    right = [(row, result) for result in results for row in right_rows(result)]
+    if not right:
+        return None
+    row, result = max(right, key=lambda pair: _images_per_s(pair[0]))
+    others = (other for other in right_rows(result) if other.subject != row.subject)
+    return Champion(result, row, max(others, key=_images_per_s, default=None))
+
+
+def _images_per_s(row: Row) -> float:
+    return row.end_to_end_throughput_images_per_s.median
+
+
+def subject_of(result: Result, label: str) -> SubjectResult:
+    """The subject of that name."""
+    return next(subject for subject in result.subjects if subject.label == label)

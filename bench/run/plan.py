@@ -1,0 +1,210 @@
+"""What a run consists of: which backends run which files of which bundles, and how they are measured.
+
+Owns the plan that every run starts from, and how its backends, variants and bundles become subjects: a backend with
+the one file that it runs. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from bench.backends.contract import Backend, Device, Options, Profile, file_of
+from bench.backends.registry import find_backend, registered
+from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
+from bench.results.schema import Skipped
+from bench.results.terms import CONTROL_SUFFIX, label_of
+from export.bundle import FLOAT32, VARIANTS, Bundle, BundleError, FileEntry
+
+Progress = Callable[[str, float], None]
+"""Told what is being done and the share of the run that is done (0 to 1)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend with the variant of the file that it is to run, and the threads of its pool."""
+
+    backend: str
+    variant: str = FLOAT32
+    threads: int | None = None
+    """None: the plan's."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: with nothing else said, the parity alone.
+
+    Attributes:
+        bundles: what to run, in the same rounds; the first is what the others are compared with.
+        backends: names, or None for all that are available here, but those that run on request only.
+        variants: of the files; each backend runs those that the bundle has for it.
+        choices: in place of `variants`, and of `backends` where these are None, each combination by itself. Nobody
+            named them: one that can't run, or can't load its file, is a finding and not the end of the run.
+        device: where no backend is named, only those on this device; None is all of them.
+        control: the backends that also run the first bundle's unfolded file, if they run its folded one.
+        rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
+            None: until more rounds would tell little more (see `bench.results.derive.enough`), at most `MAX_ROUNDS`.
+        bound: where it is given, and `rounds` isn't, rounds go on until every ratio against the first bundle lies on
+            one side of it with its whole interval.
+        survey: also measure the machine's peaks, for the roofline (some seconds).
+        time_limit_s: no further round begins when the run has taken this long; None is no limit.
+        block_s: how long one timed block lasts, in seconds.
+        timeout_s: how long a worker may take for one answer.
+        command: the command line, for the result.
+        bisect: after which verdicts on an ONNX backend to look for the first node that diverges.
+    """
+
+    bundles: tuple[Path, ...]
+    backends: tuple[str, ...] | None
+    threads: int
+    profile: Profile
+    timeout_s: float
+    control: tuple[str, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    rounds: int | None = 0
+    bound: float | None = None
+    survey: bool = False
+    time_limit_s: float | None = None
+    block_s: float = 0.0
+    bisect: Literal["never", "failed", "always"] = "never"
+    device: Device | None = None
+    variants: tuple[str, ...] = (FLOAT32,)
+    choices: tuple[Choice, ...] | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backend with the file it runs. `letter` tells the bundles of a run apart; None where there is but one."""
+
+    backend: Backend
+    bundle: Bundle
+    letter: str | None
+    options: Options
+    label: str
+    control: bool = False
+
+    @property
+    def entry(self) -> FileEntry | None:
+        """The file; None for the backend that computes nothing."""
+        return file_of(self.backend, self.bundle, self.options)
+
+
+def opened(path: Path, *, verified: bool = True) -> Bundle:
+    """The bundle with every hash checked, or left to who reads the files. Raises BenchError (bad input)."""
+    try:
+        bundle = Bundle.open(path.resolve())
+        if verified:
+            bundle.verify()
+    except BundleError as error:
+        raise BenchError(str(error), EXIT_BAD_INPUT) from None
+    return bundle
+
+
+def lettered(bundles: list[Bundle]) -> list[tuple[str | None, Bundle]]:
+    """A, B, C … before each bundle, None where there is but one."""
+    return [(chr(ord("A") + place) if len(bundles) > 1 else None, bundle) for place, bundle in enumerate(bundles)]
+
+
+def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[Subject], list[Skipped]]:
+    """The subjects of a run, and the backends that nobody named and a bundle has no file for. Raises BenchError."""
+    choices = plan.choices or _choices(plan)
+    subjects: list[Subject] = []
+    skipped: list[Skipped] = []
+    for (name, chosen), (letter, bundle) in itertools.product(_by_backend(choices).items(), bundles):
+        backend = find_backend(name)
+        first = letter == bundles[0][0]
+        if not backend.formats:
+            if first:
+                subjects.append(_subject(chosen[0], bundle, None, plan, folded=False))
+            continue
+        with_files = [subject for choice in chosen for subject in _with_file(choice, bundle, letter, plan)]
+        made = list({subject.label: subject for subject in with_files}.values())
+        if not made:
+            wanted = ", ".join(dict.fromkeys(choice.variant for choice in chosen))
+            reason = (
+                f"the bundle at {bundle.path} has no {' or '.join(backend.formats)} file ({wanted}). Export it again: "
+                "python -m export --help says which options make one."
+            )
+            if plan.backends is not None:
+                raise BenchError(f"{name}: {reason}", EXIT_BAD_INPUT)
+            skipped.append(Skipped(backend=name, reason=reason))
+        subjects += made
+        control = _control(made, plan) if name in plan.control and first else None
+        if control is not None:
+            subjects.append(control)
+    _require_variants(plan, subjects)
+    if plan.control and not any(subject.control for subject in subjects):
+        names = ", ".join(_by_backend(choices))
+        raise BenchError(
+            f"--control measures a folded file against its unfolded one, but none of the chosen backends ({names}) "
+            "has both in this bundle. Choose onnx-cpu, for example.",
+            EXIT_USAGE,
+        )
+    return subjects, skipped
+
+
+def check_variants(variants: Sequence[str]) -> None:
+    """Raises BenchError (usage) for a name that is no variant."""
+    if unknown := [variant for variant in variants if variant not in VARIANTS]:
+        raise BenchError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}.", EXIT_USAGE)
+
+
+def _choices(plan: Plan) -> tuple[Choice, ...]:
+    """Every backend that was named, or that runs without being named, with every variant."""
+    check_variants(plan.variants)
+    names = plan.backends or tuple(name for name in registered() if _runs_unasked(find_backend(name), plan.device))
+    return tuple(Choice(name, variant) for name in names for variant in plan.variants)
+
+
+def _runs_unasked(backend: Backend, device: Device | None) -> bool:
+    return not backend.on_request and device in (None, backend.device)
+
+
+def _by_backend(choices: Sequence[Choice]) -> dict[str, list[Choice]]:
+    grouped: dict[str, list[Choice]] = {}
+    for choice in dict.fromkeys(choices):
+        grouped.setdefault(choice.backend, []).append(choice)
+    return grouped
+
+
+def _with_file(choice: Choice, bundle: Bundle, letter: str | None, plan: Plan) -> list[Subject]:
+    """The subject of a choice, none where the bundle has no such file. The reference runs but its one file."""
+    backend = find_backend(choice.backend)
+    if backend.reference:
+        choice = replace(choice, variant=FLOAT32)
+    kinds = [False] if backend.reference else [True, False]
+    made = [_subject(choice, bundle, letter, plan, folded) for folded in kinds]
+    return [subject for subject in made if subject.entry is not None][:1]
+
+
+def _subject(choice: Choice, bundle: Bundle, letter: str | None, plan: Plan, folded: bool) -> Subject:
+    options = Options(choice.threads or plan.threads, plan.profile, folded, choice.variant)
+    other_threads = None if options.threads == plan.threads else options.threads
+    label = label_of(choice.backend, choice.variant, other_threads, letter)
+    return Subject(find_backend(choice.backend), bundle, letter, options, label)
+
+
+def _control(made: Sequence[Subject], plan: Plan) -> Subject | None:
+    """The float32 file's unfolded twin, where both are there."""
+    for subject in made:
+        options = replace(subject.options, folded=False)
+        if subject.options.folded and subject.options.variant == FLOAT32:
+            twin = replace(subject, options=options, label=subject.label + CONTROL_SUFFIX, control=True)
+            return twin if twin.entry is not None else None
+    return None
+
+
+def _require_variants(plan: Plan, subjects: Sequence[Subject]) -> None:
+    """Raises BenchError (bad input) for a variant that was asked for and that no backend has a file of."""
+    have = {subject.options.variant for subject in subjects}
+    missing = [variant for variant in plan.variants if variant not in have]
+    if missing and plan.choices is None and plan.variants != (FLOAT32,):
+        raise BenchError(
+            f"no backend that was chosen has a {missing[0]} file in this bundle. Export it again with --variant "
+            f"{missing[0]}, or name a backend that runs such files with --backend.",
+            EXIT_BAD_INPUT,
+        )

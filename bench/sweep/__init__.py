@@ -1,0 +1,1 @@
+"""Everything at once, and what to take of it."""

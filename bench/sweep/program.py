@@ -1,0 +1,60 @@
+"""A few lines of Python that run one file of a bundle: what a user copies into a program of his own.
+
+Owns the text around the lines that each backend has for its runtime (`Backend.program`). It needs the runtime and
+NumPy, and nothing of ninefold: no import, no bundle. Threads and arithmetic are those of the measured session in
+profile strict.
+"""
+
+from __future__ import annotations
+
+from bench.backends.contract import Runnable
+from bench.backends.registry import find_backend
+from export.bundle import TensorSpec
+
+
+def snippet(backend: str, what: Runnable) -> str:
+    """A program that defines `logits`: raw input, as the bundle describes it, to float32 logits, in NumPy arrays."""
+    lines = find_backend(backend).program(what)
+    if lines is None:
+        return f"# No program is known that runs a file as {backend} does.\n"
+    raw = what.preprocessing.raw
+    return "\n".join(
+        [
+            "import numpy as np",
+            *lines.load,
+            "",
+            "",
+            f"def logits(raw):  # {raw.dtype} {_shape(raw)} -> float32 {_shape(what.output)}",
+            *(f"    {line}" for line in (*_prepared(what), *lines.run)),
+            "",
+        ]
+    )
+
+
+def _prepared(what: Runnable) -> list[str]:
+    """From the raw input to `x`."""
+    preprocessing = what.preprocessing
+    if what.input == preprocessing.raw:
+        return ["x = np.ascontiguousarray(raw)"]
+    taken, given = what.input.shape, preprocessing.raw.shape
+    if all(isinstance(size, int) for size in taken[1:]):
+        shaped = f"raw.reshape({', '.join(map(str, (-1, *taken[1:])))})"
+    else:
+        ones = "1, " * (len(taken) - len(given))
+        shaped = f"raw.reshape(len(raw), {ones}*raw.shape[1:])"
+    mean, std = (_constant(values, len(taken)) for values in (preprocessing.mean, preprocessing.std))
+    return [
+        f"x = {shaped}.astype(np.float32)",
+        f"x = (x * np.float32({preprocessing.scale!r}) - {mean}) / {std}",
+    ]
+
+
+def _constant(values: tuple[float, ...], rank: int) -> str:
+    """One value for all, or one for each channel, which is axis 1."""
+    if len(values) == 1:
+        return f"np.float32({values[0]!r})"
+    return f"np.float32({list(values)!r}).reshape({', '.join(['1', '-1', *['1'] * (rank - 2)])})"
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"[{', '.join(map(str, spec.shape))}]"
