@@ -90,8 +90,8 @@ def fold(
     kept = search.all_of(norms)
     folded = tuple(search.folded)
     search.folded.clear()
-    search.all_of([node for node in constants if isinstance(node.op, Affine)])
-    search.parallel([node for node in graph.nodes if isinstance(node.op, Add)])
+    search.all_of([node for node in constants if isinstance(node.op, Affine) and node.inputs])
+    search.parallel([node for node in graph.nodes if isinstance(node.op, Add) and node.inputs])
     of_norms = {node.name for node in norms}
     simplified = [*(f for f in folded if f.name not in of_norms), *search.folded]
     return FoldReport(

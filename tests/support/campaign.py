@@ -201,7 +201,7 @@ def listed(seeds_of: dict[str, list[int]], before: str = "") -> list[str]:
     ]
 
 
-UNDONE = re.compile(r"[^;:]*(?:so it was undone|\braised [A-Z]\w+).*")
+UNDONE = re.compile(r"(?s).{0,200}(?:so it was undone|\braised [A-Z]\w+[^;]{0,80})")
 
 
 def account(report: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import resource
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from models import (
     batchnorm_nodes,
     build,
     first_line,
+    frames,
     largest_difference,
     outputs_of,
     tensors_of,
@@ -76,7 +76,7 @@ def guarded(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return part()
     except Exception as error:  # whatever it is, it is the result
-        return {"failed": first_line(error), "traceback": traceback.format_exc().splitlines()[-6:]}
+        return {"failed": first_line(error), "traceback": frames(error)}
 
 
 def through_torch(network: Network) -> dict[str, Any]:

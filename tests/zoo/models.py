@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,20 @@ def write_unfolded_onnx(model: Any, x: Any, path: Path) -> str:
 def first_line(error: BaseException) -> str:
     """The kind of an error and what it says first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    return without_folders(f"{type(error).__name__}: {lines[0] if lines else ''}")[:200]
+
+
+def frames(error: BaseException) -> list[str]:
+    """Where an error was raised, innermost last."""
+    called = traceback.extract_tb(error.__traceback__)[-6:]
+    return [f"{Path(frame.filename).name}:{frame.lineno}, {frame.name}" for frame in called]
+
+
+def without_folders(text: str) -> str:
+    """Without the folders of this machine: where it keeps things is no result."""
+    for folder in (sys.prefix, str(ROOT), tempfile.gettempdir()):
+        text = text.replace(folder, "…")
+    return text
 
 
 def batchnorm_nodes(graph: Any) -> list[Any]:

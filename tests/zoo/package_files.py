@@ -18,13 +18,12 @@ import sys
 import tarfile
 import tempfile
 import time
-import traceback
 import zipfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from models import ROOT, batchnorm_nodes, first_line, largest_difference, outputs_of
+from models import ROOT, batchnorm_nodes, first_line, frames, largest_difference, outputs_of
 
 PACKAGES = (
     "rapidocr==3.10.0",
@@ -119,7 +118,7 @@ def measure(name: str) -> dict[str, Any]:
         except FoldError as error:
             return result | {"refused": first_line(error)}
         except Exception as error:  # what must not happen
-            return result | {"raised": first_line(error), "traceback": traceback.format_exc().splitlines()[-8:]}
+            return result | {"raised": first_line(error), "traceback": frames(error)}
         result |= of_report(folded.report) | {
             "explained_alike": explained == folded.report,
             "seconds": round(time.perf_counter() - start, 2),

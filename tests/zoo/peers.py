@@ -56,6 +56,7 @@ from models import (
     largest_difference,
     outputs_of,
     tensors_of,
+    without_folders,
     write_unfolded_onnx,
 )
 
@@ -130,7 +131,7 @@ def measure(
             problem = f"over {limit_s:g} s" if not in_time else f"exit code {process.returncode}"
             begun = [line["begin"] for line in said if "begin" in line][-1:]
             if not begun or begun[0] not in left:
-                found["failed"] = f"{problem}: {errors.read_text().strip()[-300:]}"
+                found["failed"] = f"{problem}: {without_folders(errors.read_text().strip())[-300:]}"
                 break
             found["peers"][begun[0]] = {"failed": problem}
             left.remove(begun[0])
@@ -203,7 +204,7 @@ def work(collection: str, name: str, folder: Path, wanted: list[str]) -> None:
                     continue
                 left, result = fewest(FILE_PEERS[peer](path, folder))
                 difference = None if before is None else compare(before, result, feeds)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             say(peer=peer, failed=first_line(error), missing=True)
         except Exception as error:  # a peer's failure is its result
             say(peer=peer, failed=first_line(error))

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
 import timm_families
-from models import EXPORTERS, ROOT
+from models import EXPORTERS, ROOT, without_folders
 
 RESULTS = ROOT / "docs" / "results"
 OURS = {
@@ -90,7 +90,9 @@ def run(collection: str, names: list[str]) -> None:
             command = [*MEASURE, collection, name]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
             last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-            line = json.loads(last[0]) if last else {"model": name, "failed": done.stderr.strip()[-400:]}
+            line = (
+                json.loads(last[0]) if last else {"model": name, "failed": without_folders(done.stderr.strip())[-400:]}
+            )
         except subprocess.TimeoutExpired:
             line = {"model": name, "failed": f"over {LIMIT_S} s"}
         store(OURS[collection], line)

@@ -109,16 +109,26 @@ def _array(kind: str, sizes: tuple[int, ...], manner: str, generator: np.random.
 def first_that_runs(
     session: Any, inputs: Mapping[str, Sequence[int | str] | None], sizes: Sequence[int]
 ) -> tuple[int, str, Feeds, list[Any]]:
-    """The first size and manner that the network takes, what it was given and its results. Raises the first failure."""
+    """The first size and manner that the network takes, what it was given and its results. Raises the first failure.
+
+    Results without elements show nothing, and count only where there are no others.
+    """
     kinds = {argument.type for argument in session.get_inputs()}
     plain = kinds <= {"tensor(float)", "tensor(double)", "tensor(float16)", "tensor(bfloat16)", "tensor(string)"}
     failure: Exception | None = None
+    empty: tuple[int, str, Feeds, list[Any]] | None = None
     for size, manner in itertools.product(sizes, MANNERS[:1] if plain else MANNERS):
         given = feeds(session, inputs, size, BATCHES[0], manner)
         try:
-            return size, manner, given, run(session, given)
+            results = run(session, given)
         except Exception as error:  # onnxruntime has a class for each failure, and says in words what it would take
             failure = failure or error
+            continue
+        if not any(isinstance(result, np.ndarray) and not result.size for result in results):
+            return size, manner, given, results
+        empty = empty or (size, manner, given, results)
+    if empty is not None:
+        return empty
     assert failure is not None
     raise failure
 

@@ -78,7 +78,7 @@ class _Writer:
         assert isinstance(original, fx.Node)
         target = self.copies.get(original)
         op = node.op
-        if target is None or op is node.read_as:
+        if target is None or op is node.read_as or not node.inputs:  # nothing reads what has no inputs any more
             return
         if isinstance(op, Identity):
             self._replace(target, _value_read(node, target))
