@@ -135,14 +135,9 @@ def _read(opened: _Opened, source: Path) -> tuple[Graph, Original]:
         raise refusal(f"{source}: {error}. Export other weights.") from None
     values = {value for node in graph.nodes for value in (*node.inputs, *node.outputs)}
     types = {value.origin.dtype for value in values if isinstance(value.origin, Made)}
-    inputs = dict(known.inputs)
-    for value in values:
-        if inputs.get(value.name, ()) is None and value.shape is not None:
-            # An input without declared sizes has those that the layers ask for.
-            inputs[value.name] = tuple(symbols[0] if symbols else number for number, symbols in value.sizes)
     coarsest = max((dtype for dtype in BASE if dtype in types), key=BASE.__getitem__, default=ir.DataType.FLOAT)
     tried = [size for size in trial.SIZES if size >= known.size]
-    return graph, Original(source, inputs, tried, coarsest)
+    return graph, Original(source, known.inputs, tried, coarsest)
 
 
 class _Folding:

@@ -52,10 +52,10 @@ To torch a maximum per channel is one operation, as the ReLU was: floors alone w
 ones and maps.
 """
 
-CACHED = 2**18
-"""Elements of a bias map, 1 MiB in float32, that stay in a core's cache. Two maps of 32 channels at 384² (18 MiB each)
-made a file of 0.05 MB one of 21 MB, which ran at 0.93 of it: a larger map has to replace a BatchNorm of ten times its
-size."""
+CACHED = 2**16
+"""Elements of a bias map, 256 KiB in float32, that stay in a core's cache. Two maps of 32 channels at 384² (18 MiB each)
+made a file of 0.05 MB one of 21 MB, which ran at 0.93 of it: a larger map has to replace a BatchNorm ten times as large.
+"""
 
 MOST_WEIGHTS = 2**24
 """Weights that a convolution with groups may come to have when it is written with one group."""

@@ -195,6 +195,9 @@ def assert_same(before: Any, after: Any, tolerance: float) -> None:
         assert len(before) == len(after), (len(before), len(after))
         for one, other in zip(before, after, strict=True):
             assert_same(one, other, tolerance)
+    elif isinstance(before, dict):
+        assert list(before) == list(after), (list(before), list(after))
+        assert_same(*(np.array(list(scores.values())) for scores in (before, after)), tolerance)
     elif isinstance(before, np.ndarray) and before.dtype.kind not in "OSU":
         kinds = [(array.dtype, array.shape) for array in (before, after)]
         assert kinds[0] == kinds[1], kinds

