@@ -53,8 +53,10 @@ ones and maps.
 """
 
 CACHED = 2**16
-"""Elements of a bias map, 256 KiB in float32, that stay in a core's cache. Two maps of 32 channels at 384² (18 MiB each)
-made a file of 0.05 MB one of 21 MB, which ran at 0.93 of it: a larger map has to replace a BatchNorm ten times as large.
+"""Elements of a bias map, 256 KiB in float32, that stay in a core's cache.
+
+Two maps of 32 channels at 384² (18 MiB each) made a file of 0.05 MB one of 21 MB, which ran at 0.93 of it: a larger
+map has to replace a BatchNorm ten times as large.
 """
 
 MOST_WEIGHTS = 2**24
