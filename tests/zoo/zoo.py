@@ -108,11 +108,14 @@ def run_peers(folder: Path, collection: str | None, names: list[str]) -> None:
 
 
 def torchvision_batchnorms(name: str) -> int:
-    """How many BatchNorms a model has; makes no weights."""
+    """How many BatchNorms a model has."""
     import torch
     import torchvision
 
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):  # no weights are made
+            model = torchvision.models.get_model(name, weights=None)
+    except NotImplementedError:  # RegNets compute their widths with tensors
         model = torchvision.models.get_model(name, weights=None)
     return sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
