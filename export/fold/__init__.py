@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from export.fold.errors import FoldError
 from export.fold.report import FoldedNorm, FoldReport, KeptNorm
 
 if TYPE_CHECKING:
     from export.fold.batchnorm import Folded, fold_batchnorm
-    from export.fold.whole import FoldError
 
 __all__ = ["FoldError", "FoldReport", "Folded", "FoldedNorm", "KeptNorm", "fold_batchnorm"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Folded", "FoldError", "fold_batchnorm"):
+    if name in ("Folded", "fold_batchnorm"):
         from export.fold import batchnorm
 
         return getattr(batchnorm, name)

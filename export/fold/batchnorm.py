@@ -12,9 +12,10 @@ import torch
 from torch import fx, nn
 
 from export.fold import from_torch, search
+from export.fold.errors import FoldError
 from export.fold.report import FoldReport, Runtime, Strategy
 from export.fold.search import Limits
-from export.fold.whole import FoldError, difference, until_right
+from export.fold.whole import difference, until_right
 
 
 @dataclass(frozen=True)

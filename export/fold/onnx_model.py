@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
+from export.fold.errors import FoldError
 from export.fold.from_onnx import sizes, survey, trial
 from export.fold.from_onnx.compare import BASE, Original
 from export.fold.from_onnx.constants import Constants
-from export.fold.from_onnx.file import has_external_data, load, refusal, save, sparse
+from export.fold.from_onnx.file import has_external_data, load, save, sparse
 from export.fold.from_onnx.nodes import Made, NotFinite
 from export.fold.report import FoldReport, Strategy
 from trainer.errors import EXIT_NEGATIVE
@@ -84,7 +85,7 @@ def fold_onnx(source: Path, target: Path, strategy: Strategy = "auto", *, unchec
             result = folding.right(unchecked)
             os.replace(result.path, target)
     except OSError as error:
-        raise refusal(f"can't write {target} ({error.strerror or error}). Name another file with --out.") from error
+        raise FoldError(f"can't write {target} ({error.strerror or error}). Name another file with --out.") from error
     return FoldedFile(result.report, folding.difference, folding.not_compared)
 
 
@@ -132,7 +133,7 @@ def _read(opened: _Opened, source: Path) -> tuple[Graph, Original]:
     try:
         graph = read(opened.model, opened.constants, known)
     except NotFinite as error:
-        raise refusal(f"{source}: {error}. Export other weights.") from None
+        raise FoldError(f"{source}: {error}. Export other weights.") from None
     values = {value for node in graph.nodes for value in (*node.inputs, *node.outputs)}
     types = {value.origin.dtype for value in values if isinstance(value.origin, Made)}
     coarsest = max((dtype for dtype in BASE if dtype in types), key=BASE.__getitem__, default=ir.DataType.FLOAT)
@@ -160,7 +161,7 @@ class _Folding:
 
         attempt = until_right(self.attempt, self.problem, lambda attempt: attempt.report)
         if self.difference is None and not unchecked:
-            raise refusal(
+            raise FoldError(
                 f"{self.source} can't be compared with the folded file: {self.not_compared}. Nothing was written; "
                 "with --unchecked (unchecked=True) it is.",
                 EXIT_NEGATIVE,
@@ -245,7 +246,7 @@ def _copy(model: ir.Model, source: Path, path: Path) -> None:
 def _require_one_file(model: ir.Model, source: Path) -> None:
     weights = trial.weight_bytes(model)
     if weights > LARGEST_FILE:
-        raise refusal(
+        raise FoldError(
             f"{source} holds {weights / 2**30:.1f} GiB of weights, and the folded file would have to hold them all: "
             "an ONNX file ends at 2 GiB. Nothing was written. Fold the model before exporting it (fold_batchnorm)."
         )

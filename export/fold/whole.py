@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from export.fold.errors import FoldError
 from export.fold.report import FoldReport
 from export.fold.search import Limits, relative
-from trainer.errors import UserError
 
 T = TypeVar("T")
 
@@ -30,10 +30,6 @@ it comes to more, and in the coarser dtypes, float64 decides whose fault that is
 AS_GOOD = 8.0
 """By this factor may the folded network be further from float64's truth than the unfolded one is: both are one sample
 of rounding noise, and where that is all, ratios of up to 4 were seen in random networks."""
-
-
-class FoldError(UserError):
-    """A model that can't be folded at all: in training mode, not a number in its weights, refused by torch.export."""
 
 
 def until_right(

@@ -12,11 +12,12 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
+
+from export.formats.onnx_session import open_session
 
 OPSET = 20
 """Has GELU as one node; every onnxruntime from 1.17 on runs it."""
@@ -66,21 +67,6 @@ def runner(path: Path, *, optimised: bool = False) -> Callable[[np.ndarray], np.
     session = open_session(str(path), optimised=optimised)
     (name,) = (argument.name for argument in session.get_inputs())
     return lambda batch: np.asarray(session.run(None, {name: batch})[0])
-
-
-def open_session(model: str | bytes, *, silent: bool = False, optimised: bool = False) -> Any:
-    """A file, or its content, in onnxruntime on the CPU with every graph optimisation off, or all of them.
-
-    `silent` keeps onnxruntime from printing what it also raises. Raises whatever onnxruntime does.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-    if silent:
-        options.log_severity_level = 4
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.fold.from_onnx import trial
+from export.formats.onnx_session import open_session
 
 BASE: Mapping[ir.DataType, float] = {
     ir.DataType.DOUBLE: 1e-9,
@@ -60,7 +61,7 @@ class Original:
         if self.runs or self.not_run:
             return
         try:
-            session = trial.open_session(str(self.source))
+            session = open_session(str(self.source), silent=True)
             size, manner, given, results = trial.first_that_runs(session, self.inputs, self.sizes)
         except Exception as error:  # onnxruntime has a class for each failure; the original's own are not this fold's
             self.not_run = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -75,7 +76,7 @@ class Original:
 
     def differences(self, folded: Path) -> list[float]:
         """Of each output, relative. Raises what onnxruntime does where it doesn't run the folded file."""
-        session = trial.open_session(str(folded))
+        session = open_session(str(folded), silent=True)
         return _worst(
             [apart(before, after) for before, after in zip(results, trial.run(session, given), strict=True)]
             for given, results in self.runs
@@ -92,7 +93,7 @@ class Original:
     def _noise(self) -> list[float]:
         """How far the original is from itself: run once more, with inputs of another rounding, and optimised."""
         found: list[list[float]] = []
-        plain = trial.open_session(str(self.source))
+        plain = open_session(str(self.source), silent=True)
         for given, results in self.runs:
             found += [
                 [apart(before, after) for before, after in zip(results, trial.run(plain, feeds), strict=True)]
@@ -100,7 +101,7 @@ class Original:
             ]
         del plain
         try:
-            optimised = trial.open_session(str(self.source), optimised=True)
+            optimised = open_session(str(self.source), silent=True, optimised=True)
             given, results = self.runs[0]
             found.append([apart(*pair) for pair in zip(results, trial.run(optimised, given), strict=True)])
         except Exception:

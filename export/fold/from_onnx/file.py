@@ -9,17 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from trainer.errors import EXIT_BAD_INPUT
-
-if TYPE_CHECKING:
-    from export.fold.whole import FoldError
+from export.fold.errors import FoldError
 
 _Message = TypeVar("_Message", onnx.SparseTensorProto, onnx.TrainingInfoProto)
 
@@ -28,13 +25,6 @@ SMALL = 1024
 
 _SKELETON, _SPARSE, _MAPS, _TRAINING = "skeleton", "sparse initializers", "maps", "training"
 """Under these names `ir.Model.meta` has protobuf messages that `ir` can't hold, or that are wanted as such."""
-
-
-def refusal(message: str, exit_code: int = EXIT_BAD_INPUT) -> FoldError:
-    """The error that a user sees. Torch is imported where there is one alone."""
-    from export.fold.whole import FoldError
-
-    return FoldError(message, exit_code)
 
 
 def load(source: Path) -> ir.Model:
@@ -57,10 +47,10 @@ def load(source: Path) -> ir.Model:
         _leave(model)
         return ir.external_data.load_to_model(model)
     except FileNotFoundError:
-        raise refusal(f"there is no file {source}. Name an ONNX file.") from None
+        raise FoldError(f"there is no file {source}. Name an ONNX file.") from None
     except Exception as error:  # onnx has no common class: decoding, checking and external data each raise their own
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise refusal(
+        raise FoldError(
             f"{source} is no valid ONNX model ({type(error).__name__}: {first_line[:300]}). Expected a file that "
             "onnx.checker accepts, with external data, if any, beside it. Export it again."
         ) from error

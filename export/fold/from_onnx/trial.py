@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
+from export.formats.onnx_session import open_session
+
 Feeds = dict[str, Any]
 
 BATCHES = (2, 3)
@@ -29,17 +31,6 @@ image, but numbers of rows must be smaller than the table is long, and sizes and
 
 LARGEST_FILE = 2**31 - 1
 """Bytes that a protobuf message, hence an ONNX file without external data, can have."""
-
-
-def open_session(model: str | bytes, *, optimised: bool = False) -> Any:
-    """A file, or its content, in onnxruntime on the CPU with every graph optimisation off, or all of them; silent."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def batch_names(inputs: Iterable[Sequence[int | str] | None]) -> set[str]:
@@ -166,7 +157,7 @@ def observe(
     proto.graph.output.extend(
         helper.make_tensor_value_info(output, TensorProto.INT64, None) for output in outputs.values()
     )
-    session = open_session(proto.SerializeToString())
+    session = open_session(proto.SerializeToString(), silent=True)
     del proto
     size, _, _, results = first_that_runs(session, inputs, sizes)
     shapes = zip(outputs, results, strict=True) if names else ()
