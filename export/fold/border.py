@@ -13,7 +13,7 @@ import torch
 
 from export.fold import algebra
 from export.fold.graph import Node, Value, evaluate
-from export.fold.maps import Refused
+from export.fold.maps import Inapplicable, Refused
 from export.fold.neighbours import Sink, absorb, affine_op, require_stable, sinks
 from export.fold.operations import Affine, Clamp, Elementwise, Identity, Layer, Reshape, Spatial
 from export.fold.plan import ALIGNMENT, CACHED, MOST_WEIGHTS, Plan, positions, work
@@ -25,7 +25,7 @@ def _bordered_sinks(norm: Node, plan: Plan, clamps: bool = False) -> list[Sink]:
     """The sinks, of which at least one needs help with the border: else the plain fold is the one to take."""
     arrived = sinks(norm.output, affine_op(norm).map, plan, clamps)
     if not any(sink.needs_border for sink in arrived):
-        raise Refused("no border is read")
+        raise Inapplicable("no border is read")
     return arrived
 
 
@@ -211,14 +211,13 @@ def bias_map(norm: Node, clamps: bool = False) -> Plan:
     """What the shift alone makes of a layer, border included, is added as a constant."""
     plan = Plan("bias map", {norm: Identity()}, ahead=True)
     arrived = _bordered_sinks(norm, plan, clamps)
-    start = norm.output
     needy = {sink.node for sink in arrived if sink.needs_border}
     for sink in arrived:
         if sink.node in needy:  # the shift comes as a whole, along all ways on which it arrives
             plan.put(sink.node, algebra.scale_input(_layer(plan, sink.node), sink.scale))
         else:
             absorb(plan, sink)
-    if not start.fixed or not all(node.output.fixed and node.inputs[0].fixed for node in needy):
+    if not norm.output.fixed or not all(node.output.fixed and node.inputs[0].fixed for node in needy):
         raise Refused("a bias map needs a fixed size, and the size is not")
     for node in sorted(needy, key=lambda node: node.name):
         layer = node.op

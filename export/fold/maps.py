@@ -21,6 +21,10 @@ class Refused(Exception):
     """This way of folding is not exact or not allowed; the message is for the report."""
 
 
+class Inapplicable(Refused):
+    """This way of folding is for another place: no obstacle, and nothing for the report."""
+
+
 @dataclass(frozen=True, eq=False)
 class Map:
     """y = scale·x + shift.

@@ -11,7 +11,7 @@ import torch
 
 from export.fold import algebra
 from export.fold.graph import Node, Value
-from export.fold.maps import Map, Refused
+from export.fold.maps import Inapplicable, Map, Refused
 from export.fold.operations import Add, Affine, Identity, Layer, Select
 from export.fold.plan import Plan
 
@@ -63,7 +63,7 @@ def floor(norm: Node) -> Plan:
     """
     map = affine_op(norm).map
     if not map.negative:
-        raise Refused("no scale is negative")
+        raise Inapplicable("no scale is negative")
     sign = torch.where(map.scale < 0, -1.0, 1.0).double()
     plan = Plan("floor", {norm: Identity()})
     plan = pull_back(norm, Map(map.scale.abs(), sign * map.shift).shrunk(), plan, clamps=True)
@@ -93,9 +93,9 @@ def pull_back(norm: Node, map: Map, plan: Plan, clamps: bool) -> Plan:
                 else:  # case 3
                     step, *others = op.pull(node, map)
                     for other in others:
-                        branch, rest = plan.copy(), list(demands)
+                        branch = plan.copy()
                         branch.take(node, other, clamps)
-                        ways.append((branch, rest + _demands(node, other.maps)))
+                        ways.append((branch, demands + _demands(node, other.maps)))
                     plan.take(node, step, clamps)
                     demands += _demands(node, step.maps)
             return plan
@@ -112,8 +112,6 @@ def _merged(node: Node, op: Affine, map: Map) -> Affine:
 
 
 def _demands(node: Node, maps: list[Map]) -> list[tuple[Value, Node, Map]]:
-    if isinstance(node.op, Select):
-        return [(node.inputs[node.op.index if len(node.inputs) > 1 else 0], node, maps[0])]
     return [(value, node, map) for value, map in zip(node.inputs, maps, strict=True)]
 
 
@@ -269,7 +267,7 @@ def _sum_of(value: Value) -> tuple[Node, Value]:
     require_stable(value)
     readers = value.readers
     if value.pinned or len(readers) != 1 or not isinstance(readers[0].op, Add):
-        raise Refused("it is not one side of a sum")
+        raise Inapplicable("it is not one side of a sum")
     total = readers[0]
     return total, total.inputs[1 - total.inputs.index(value)]
 
@@ -297,6 +295,5 @@ def _through(value: Value, reader: Node) -> tuple[Node, set[Node]]:
     node = only_for(value, reader)
     while isinstance(node.op, Select | Identity):
         skipped.add(node)
-        index = node.op.index if isinstance(node.op, Select) and len(node.inputs) > 1 else 0
-        node = only_for(node.inputs[index], node)
+        node = only_for(node.inputs[0], node)
     return node, skipped

@@ -37,19 +37,15 @@ class Operation(Op):
 class OfOneValue(Operation):
     """An operation through which a map gets alike in both directions."""
 
-    def passes(self, node: Node, map: Map) -> tuple[Map, Op | None, int]:
-        """The map on the other side, the operation if it becomes another one, and its additional comparisons."""
+    def passes(self, node: Node, map: Map) -> Map:
+        """The map on the other side. Refused where it does not get through."""
         raise self.refusal(node)
 
     def push(self, node: Node, index: int, map: Map) -> Step:
-        passed, op, clamped = self.passes(node, map)
-        return Step([passed], op, clamped)
+        return Step([self.passes(node, map)])
 
     def pull(self, node: Node, map: Map) -> list[Step]:
-        passed, op, clamped = self.passes(node, map)
-        if passed.bordered:
-            raise Refused(f"{node.name} reads or writes zeros at the border, so the shift does not pass")
-        return [Step([passed], op, clamped)]
+        return [Step([self.passes(node, map)])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,13 +153,16 @@ class Identity(OfOneValue):
     def evaluate(self, *inputs: Tensor) -> Tensor:
         return inputs[0] if self.function is None else self.function(inputs[0])
 
-    def passes(self, node: Node, map: Map) -> tuple[Map, Op | None, int]:
-        return map, None, 0
+    def passes(self, node: Node, map: Map) -> Map:
+        return map
 
 
 @dataclass(frozen=True, eq=False)
-class Select(Operation):
-    """y = one of the inputs: what is left of a sum of which the other part is folded away."""
+class Select(OfOneValue):
+    """y = one of the inputs: what is left of a sum of which the other part is folded away.
+
+    While the fold is on trial the node has both inputs, then the chosen one alone (`graph.forget`).
+    """
 
     index: int
 
@@ -172,11 +171,8 @@ class Select(Operation):
     def evaluate(self, *inputs: Tensor) -> Tensor:
         return inputs[self.index if len(inputs) > 1 else 0]
 
-    def push(self, node: Node, index: int, map: Map) -> Step:
-        return Step([map])
-
-    def pull(self, node: Node, map: Map) -> list[Step]:
-        return [Step([map])]
+    def passes(self, node: Node, map: Map) -> Map:
+        return map
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,10 +186,10 @@ class Elementwise(OfOneValue):
     def evaluate(self, *inputs: Tensor) -> Tensor:
         return self.function(inputs[0])
 
-    def passes(self, node: Node, map: Map) -> tuple[Map, Op | None, int]:
+    def passes(self, node: Node, map: Map) -> Map:
         if not self.homogeneous or map.shifts or map.negative:
             raise self.refusal(node)
-        return map, None, 0
+        return map
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +245,7 @@ class Clamp(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class Spatial(OfOneValue):
+class Spatial(Operation):
     """Works along some axes and treats all others alike: pooling, resizing, padding, averaging.
 
     Attributes:

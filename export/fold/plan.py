@@ -70,7 +70,7 @@ class Plan:
     Attributes:
         changes: the operations to put in.
         passed: the nodes that the map goes through unchanged.
-        wider: values that get more channels, and how many they have then.
+        wider: values that get more channels, and their sizes in the example then.
         ahead: the map goes into what comes after. Its mean and what the next layer makes of it then cancel there.
         work, mapped, stored, copied, clamped, unaligned: what it costs for one image, in the units of `Prices`.
     """

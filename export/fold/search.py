@@ -47,7 +47,8 @@ import torch
 
 from export.fold import border, neighbours
 from export.fold.graph import Graph, Node, Op, Value, evaluate, forget
-from export.fold.maps import Refused
+from export.fold.maps import Inapplicable, Refused
+from export.fold.neighbours import affine_op
 from export.fold.operations import Add, Affine, Clamp, Layer, Select
 from export.fold.plan import PRICES, Plan, Prices, elements
 from export.fold.report import FoldedNorm, FoldReport, KeptNorm, Runtime, Strategy
@@ -62,6 +63,13 @@ MOST_OFFSET = 1e3
 much larger than their sum. At 1e4 float32 results were off by 1.5e-3, those of the BatchNorm itself by 6e-4."""
 
 Way = Callable[[Node], Plan]
+
+FREE: dict[str, Way] = {
+    "before it": neighbours.backward,
+    "after it": neighbours.forward,
+    "beside it": neighbours.beside,
+}
+"""By where they look."""
 
 
 @dataclass(frozen=True)
@@ -81,24 +89,20 @@ def fold(
     """
     search = _Search(strategy, PRICES[runtime], limits or Limits())
     norms = [node for node in graph.nodes if isinstance(node.op, Affine) and node.op.is_norm]
-    constants = [node for node in graph.nodes if isinstance(node.op, Affine) and not node.op.is_norm]
     if strategy == "none":
         kept = dict.fromkeys(norms, "strategy none: nothing is folded")
         return FoldReport(kept=(*_kept(kept), *graph.unread))
-    # Constants first: those that have a home stand in no BatchNorm's way.
-    search.all_of(constants)
-    kept = search.all_of(norms)
-    folded = tuple(search.folded)
-    search.folded.clear()
-    search.all_of([node for node in constants if isinstance(node.op, Affine) and node.inputs])
-    search.parallel([node for node in graph.nodes if isinstance(node.op, Add) and node.inputs])
-    of_norms = {node.name for node in norms}
-    simplified = [*(f for f in folded if f.name not in of_norms), *search.folded]
-    return FoldReport(
-        folded=tuple(f for f in folded if f.name in of_norms),
-        kept=(*_kept(kept), *graph.unread),
-        simplified=tuple(simplified),
-    )
+
+    def constants() -> list[Node]:
+        affine = [node for node in graph.nodes if isinstance(node.op, Affine) and node.inputs]
+        return [node for node in affine if not affine_op(node).is_norm]
+
+    # Constants first: those that have a home stand in no BatchNorm's way. What is left of them may find one afterwards.
+    simplified, _ = search.all_of(constants())
+    folded, kept = search.all_of(norms)
+    simplified += search.all_of(constants())[0]
+    simplified += search.parallel([node for node in graph.nodes if isinstance(node.op, Add) and node.inputs])
+    return FoldReport(folded=tuple(folded), kept=(*_kept(kept), *graph.unread), simplified=tuple(simplified))
 
 
 def _kept(reasons: Mapping[Node, str]) -> list[KeptNorm]:
@@ -110,18 +114,18 @@ class _Search:
 
     def __init__(self, strategy: Strategy, prices: Prices, limits: Limits) -> None:
         self.strategy, self.prices, self.limits = strategy, prices, limits
-        self.folded: list[FoldedNorm] = []
         self.count = 0
 
-    def all_of(self, nodes: list[Node]) -> dict[Node, str]:
-        """Fold each of `nodes` that can be; returns the others with the reason."""
+    def all_of(self, nodes: list[Node]) -> tuple[list[FoldedNorm], dict[Node, str]]:
+        """Fold each of `nodes` that can be; returns those, and the others with the reason."""
+        folded: list[FoldedNorm] = []
         kept: dict[Node, str] = {}
         while nodes:
             left = []
             for node in nodes:
                 outcome = self.one(node)
                 if isinstance(outcome, FoldedNorm):
-                    self.folded.append(outcome)
+                    folded.append(outcome)
                     self.count += 1
                     kept.pop(node, None)
                 else:
@@ -131,10 +135,11 @@ class _Search:
             if len(left) == len(nodes):
                 break
             nodes = left
-        return kept
+        return folded, kept
 
-    def parallel(self, sums: list[Node]) -> None:
-        """Make one layer of two that read the same and are added."""
+    def parallel(self, sums: list[Node]) -> list[FoldedNorm]:
+        """Make one layer of two that read the same and are added; returns those sums."""
+        merged: list[FoldedNorm] = []
         for total in sums:
             if self.stopped(total):
                 continue
@@ -144,8 +149,9 @@ class _Search:
             except Exception:  # parallel layers that stay two are as right as before
                 continue
             if error <= TOLERANCE:
-                self.folded.append(FoldedNorm(name=total.name, method=plan.method, into=plan.into(total), error=error))
+                merged.append(FoldedNorm(name=total.name, method=plan.method, into=plan.into(total), error=error))
                 self.count += 1
+        return merged
 
     def stopped(self, node: Node) -> str:
         """Why this node must stay what it is, or nothing."""
@@ -158,16 +164,17 @@ class _Search:
         reason = self.stopped(node)
         if reason:
             return reason
-        op = neighbours.affine_op(node)
-        if any(value.unstable for value in (*node.inputs, *node.outputs)):
-            value = next(value for value in (*node.inputs, *node.outputs) if value.unstable)
-            return f"{value.name} {value.unstable}"
+        for value in (*node.inputs, *node.outputs):
+            if value.unstable:
+                return f"{value.name} {value.unstable}"
         reasons: dict[str, str] = {}
-        for priced, ways in ((False, self.free()), (True, self.priced(op))):
+        for priced, ways in ((False, FREE), (True, self.priced(affine_op(node)))):
             plans: list[Plan] = []
             for label, way in ways.items():
                 try:
                     plans.append(way(node))
+                except Inapplicable:
+                    continue
                 except Refused as refusal:
                     reasons[label] = str(refusal)
                 except Exception as raised:  # whatever goes wrong in a fold, the network stays right without it
@@ -187,9 +194,6 @@ class _Search:
                 off = f"the result was off by {error:.1e} (relative, float64), so it was undone"
                 reasons[plan.method] = problem or off
         return sentence(reasons)
-
-    def free(self) -> dict[str, Way]:
-        return {"before": neighbours.backward, "after": neighbours.forward, "beside": neighbours.beside}
 
     def priced(self, op: Affine) -> dict[str, Way]:
         """The ways that cost something to find and to run: they are looked for where no free home holds."""
@@ -211,7 +215,7 @@ class _Search:
 
     def rejected(self, node: Node, plan: Plan, priced: bool) -> str:
         """Why this exact way is not taken, or nothing."""
-        op = neighbours.affine_op(node)
+        op = affine_op(node)
         if plan.ahead and op.offset > MOST_OFFSET:
             return (
                 f"its mean is {op.offset:.0e} standard deviations from zero, and would cancel in the next layer with "
@@ -227,15 +231,9 @@ class _Search:
 
 
 def sentence(reasons: Mapping[str, str]) -> str:
-    """One sentence of all obstacles; that of the way that got furthest comes first."""
-    where = {"before": "before it", "after": "after it"}
-    last = [f"{label}: {reason}" for label, reason in reasons.items() if label not in (*where, "beside")]
-    first = [f"{place} {reasons[label]}" for label, place in where.items() if label in reasons]
-    beside = reasons.get("beside", "")
-    if beside and "sum" not in beside:
-        first.append(f"beside it {beside}")
-    informative = [text for text in last if not text.endswith(("no border is read", "no scale is negative"))]
-    return "; ".join([*first, *informative])
+    """One sentence of all obstacles, the nearest first: reasons by the way of folding or by where it looked."""
+    near = [f"{place} {reasons[place]}" for place in FREE if place in reasons]
+    return "; ".join([*near, *(f"{way}: {reason}" for way, reason in reasons.items() if way not in FREE)])
 
 
 def apply(plan: Plan) -> float:

@@ -7,6 +7,7 @@ Owns how a wrong result is traced to the fold that makes it, and how two modules
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -46,7 +47,7 @@ def until_right(
         wrong = problem(result)
         if wrong is None:
             return result
-        right, too_many = 0, len(_names(report(result)))
+        right, too_many = 0, _names(report(result)).total()
         if too_many == 0:
             break
         while too_many - right > 1:
@@ -66,8 +67,9 @@ def until_right(
     return result
 
 
-def _names(report: FoldReport) -> set[str]:
-    return {norm.name for norm in (*report.folded, *report.simplified)}
+def _names(report: FoldReport) -> Counter[str]:
+    """Of everything that was folded; a module that is used twice counts twice."""
+    return Counter(norm.name for norm in (*report.folded, *report.simplified))
 
 
 def difference(

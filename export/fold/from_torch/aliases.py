@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-aten = torch.ops.aten
+from export.fold.from_torch.nodes import aten_name, attribute, bind
 
 _FRESH = {
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "batch_norm",
@@ -99,34 +99,23 @@ def written_by(node: fx.Node, module: fx.GraphModule) -> list[fx.Node]:
     """The nodes whose memory this one writes into; `module` has the regions."""
     if node.op != "call_function":
         return []
-    schema = getattr(node.target, "_schema", None)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        regions = {n: inner for n in node.all_input_nodes if (inner := _region(n, module)) is not None}
+        fetched = {n: attribute(module, n) for n in node.all_input_nodes}
+        regions = {n: inner for n, inner in fetched.items() if isinstance(inner, fx.GraphModule)}
         if any(written_by(n, inner) for inner in regions.values() for n in inner.graph.nodes):
             return [n for n in node.all_input_nodes if n not in regions]
         return []
-    if schema is None:
+    if not isinstance(node.target, torch._ops.OpOverload):
         return []
-    bound = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    bound = bind(node)
     found: list[fx.Node] = []
-    for argument in schema.arguments:
+    for argument in node.target._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += _nodes(bound.get(argument.name))
+            found += _nodes(bound[argument.name])
     # These write running statistics without saying so in their schema.
-    if schema.name in ("aten::batch_norm", "aten::instance_norm") and (
-        bound.get("training") or bound.get("use_input_stats")
-    ):
+    if aten_name(node) in ("batch_norm", "instance_norm") and (bound.get("training") or bound.get("use_input_stats")):
         found += [*_nodes(bound.get("running_mean")), *_nodes(bound.get("running_var"))]
     return found
-
-
-def _region(node: fx.Node, module: fx.GraphModule) -> fx.GraphModule | None:
-    if node.op != "get_attr":
-        return None
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
-    return value if isinstance(value, fx.GraphModule) else None
 
 
 def _nodes(argument: Any) -> list[fx.Node]:
@@ -174,9 +163,7 @@ class _Sharing:
     def add(self, node: fx.Node) -> None:
         sources = set(_sources(node))
         if node.op == "get_attr":
-            value: Any = self.module
-            for part in str(node.target).split("."):
-                value = getattr(value, part, None)
+            value = attribute(self.module, node)
             if isinstance(value, torch.Tensor):
                 first = self.storages.setdefault(value.untyped_storage().data_ptr(), node)
                 sources |= {first} - {node}
@@ -203,13 +190,11 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return list(node.all_input_nodes)  # getitem, regions and whatever else
-    schema = target._schema
-    name = schema.name.partition("::")[2]
-    bound = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
-    annotated = [argument for argument in schema.arguments if argument.alias_info is not None]
+    annotated = [argument.name for argument in target._schema.arguments if argument.alias_info is not None]
     if annotated:
-        return [n for argument in annotated for n in _nodes(bound.get(argument.name))]
-    if name in _FRESH:
+        bound = bind(node)
+        return [n for name in annotated for n in _nodes(bound[name])]
+    if aten_name(node) in _FRESH:
         return []
     composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    return list(node.all_input_nodes) if composite or schema.name.partition("::")[0] != "aten" else []
+    return list(node.all_input_nodes) if composite or target.namespace != "aten" else []

@@ -7,12 +7,13 @@ rule of folding.
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import fx
+
+from export.fold.from_torch.nodes import attribute
 
 Tensor = torch.Tensor
 
@@ -31,7 +32,7 @@ class Constants:
         self._reads: Counter[int] = Counter()
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                value = operator.attrgetter(str(node.target))(module)
+                value = attribute(module, node)
                 if isinstance(value, Tensor) and str(node.target) not in written:
                     self.known[node] = value
                     self._reads[value.untyped_storage().data_ptr()] += len(node.users)

@@ -17,6 +17,7 @@ from export.fold import algebra
 from export.fold.from_torch import regions
 from export.fold.from_torch.aliases import Effects
 from export.fold.from_torch.constants import Constants
+from export.fold.from_torch.nodes import NORMS, aten_name, bind, module_path
 from export.fold.from_torch.sizes import Sizing, same
 from export.fold.graph import Graph, Node, Op, Value, connect
 from export.fold.maps import Map
@@ -41,7 +42,6 @@ from export.fold.report import KeptNorm
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
-_NORMS = {"batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"}
 _ELEMENTWISE = {
     "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "celu", "softplus", "hardswish", "hardsigmoid", "mish",
     "log_sigmoid", "exp", "abs", "square", "sqrt", "softsign", "erf", "sin", "cos", "threshold", "hardshrink",
@@ -103,13 +103,13 @@ class _Reader:
             op, inputs = self._operation(fx_node, everything)
         except Exception as error:  # an operation in a form that the table does not foresee stays as it is
             op, inputs = Opaque(str(fx_node.target), f"reading it raised {type(error).__name__}"), everything
-            if _schema_name(fx_node) in _NORMS:
-                self.kept.append(KeptNorm(name=regions.name(fx_node), reason=f"it could not be read: {error}"))
+            if aten_name(fx_node) in NORMS:
+                self.kept.append(KeptNorm(name=module_path(fx_node), reason=f"it could not be read: {error}"))
         output = self._value(fx_node)
         if fx_node.op in ("placeholder", "output"):
             for value in (output, *inputs):
                 value.pinned = f"an {'input' if fx_node.op == 'placeholder' else 'output'} of the network"
-        return Node(regions.name(fx_node), op, inputs, [output], fx_node)
+        return Node(module_path(fx_node), op, inputs, [output], fx_node)
 
     def _value(self, fx_node: fx.Node) -> Value:
         shape, sizes = self.sizing.of(fx_node)
@@ -129,11 +129,11 @@ class _Reader:
             return Opaque(str(target)), everything
         if fx_node in self.effects.unstable and target._schema.is_mutable:
             return Opaque(str(target)), everything
-        name = target._schema.name.removeprefix("aten::")
+        name = aten_name(fx_node)
         arguments = bind(fx_node)
         found = None
         match name:
-            case _ if name in _NORMS:
+            case _ if name in NORMS:
                 found = self._norm(fx_node, arguments)
             case "linear":
                 found = self._layer(fx_node, arguments, 0, transposed=False)
@@ -190,7 +190,7 @@ class _Reader:
                 map = Map.along(scale, shift, 1, self.values[x].rank)
                 return Affine(map, True, offset, mean.dtype), [self.values[x]]
             reason = "its scale or shift is not finite"
-        self.kept.append(KeptNorm(name=regions.name(fx_node), reason=reason))
+        self.kept.append(KeptNorm(name=module_path(fx_node), reason=reason))
         return None
 
     def _layer(
@@ -391,7 +391,7 @@ class _Reader:
         if self._pool_pair(maker):
             value = self.values[maker.args[0]]  # type: ignore[index]
             whole = self._call(maker)
-            base = maker.target._schema.name  # type: ignore[union-attr]
+            base = aten_name(maker)
             axes = tuple(range(value.rank - (1 if "1d" in base else 2 if "2d" in base else 3), value.rank))
             return Spatial("max pool", lambda x: whole(x)[0], axes, linear=False, keeps_constants=True), [value]
         if self._chunks(maker):
@@ -405,7 +405,7 @@ class _Reader:
     def _pool_pair(self, pool: fx.Node) -> bool:
         """Whether this is max pooling that returns indices too, of which only the values are read."""
         return (
-            _schema_name(pool) in _MAX_POOL_PAIR
+            aten_name(pool) in _MAX_POOL_PAIR
             and pool.args[0] in self.values
             and pool not in self.effects.unstable
             and all(user.target is operator.getitem and user.args[1] == 0 for user in pool.users)
@@ -413,7 +413,7 @@ class _Reader:
 
     def _chunks(self, chunks: fx.Node) -> bool:
         """Whether this cuts a value of fixed size into parts, each of which is read by itself."""
-        if _schema_name(chunks) not in _CHUNKS or chunks.args[0] not in self.values:
+        if aten_name(chunks) not in _CHUNKS or chunks.args[0] not in self.values:
             return False
         value = self.values[chunks.args[0]]  # type: ignore[index]
         axis = bind(chunks).get("dim")
@@ -432,24 +432,10 @@ class _Reader:
         return lambda x: call(x, *rest[0], **rest[1])
 
 
-def bind(fx_node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by the names of the operator's schema, defaults filled in."""
-    schema = fx_node.target._schema.arguments  # type: ignore[union-attr]
-    bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    bound = {argument.name: bound.get(argument.name) for argument in schema}
-    bound.update(zip((argument.name for argument in schema), fx_node.args, strict=False))
-    bound.update(fx_node.kwargs)
-    return bound
-
-
 def each(argument: Any, rank: int) -> tuple[int, ...]:
     """One number for each of `rank` axes, where one may stand for all."""
     values = tuple(argument) if isinstance(argument, list | tuple) else (argument,)
     return values * rank if len(values) == 1 else values
-
-
-def _schema_name(fx_node: fx.Node) -> str:
-    return getattr(getattr(fx_node.target, "_schema", None), "name", "").removeprefix("aten::")
 
 
 def _broadcast(tensor: Tensor | None, rank: int) -> Tensor | None:

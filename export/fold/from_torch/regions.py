@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import fx
 
+from export.fold.from_torch.nodes import NORMS, aten_name, attribute, module_path
 from export.fold.report import KeptNorm
-
-_NORMS = {"aten::batch_norm", "aten::_native_batch_norm_legit_no_training", "aten::native_batch_norm"}
 
 
 def inline_gradient_modes(module: fx.GraphModule) -> None:
@@ -23,7 +22,7 @@ def inline_gradient_modes(module: fx.GraphModule) -> None:
         if "wrap_with_set_grad_enabled" not in str(node.target) or node.op != "call_function":
             continue
         _, region, *arguments = node.args
-        inner = getattr(module, str(region.target), None)
+        inner = attribute(module, region)
         if not isinstance(inner, fx.GraphModule) or any(n.op == "get_attr" for n in inner.graph.nodes):
             continue
         placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
@@ -46,33 +45,18 @@ def batchnorms_inside(module: fx.GraphModule) -> list[KeptNorm]:
     kept = []
     for kind, region in _regions(module):
         for node in region.graph.nodes:
-            if getattr(getattr(node.target, "_schema", None), "name", "") in _NORMS:
+            if aten_name(node) in NORMS:
                 reason = f"it stands in {kind}, and folding works on the graph around it"
-                kept.append(KeptNorm(name=name(node), reason=reason))
+                kept.append(KeptNorm(name=module_path(node), reason=reason))
     return kept
 
 
 def _regions(module: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
     for node in module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        inner: Any = module
-        for part in str(node.target).split("."):
-            inner = getattr(inner, part, None)
+        inner = attribute(module, node)
         if isinstance(inner, fx.GraphModule):
             user = next(iter(node.users), None)
             label = str(user.target) if user is not None else "nothing"
             where = {"wrap_with_autocast": "an autocast region", "cond": "a branch"}.get(label, f"a region of {label}")
             yield where, inner
             yield from _regions(inner)
-
-
-def name(node: fx.Node) -> str:
-    """The path of the torch.nn module that the node stands for; else the node's own name."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if stack:
-        path, kind = stack[-1]
-        kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-        if path and kind.startswith("torch.nn.modules"):
-            return str(path)
-    return node.name

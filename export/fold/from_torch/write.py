@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from export.fold.from_torch.aliases import reinstate, written_by
-from export.fold.from_torch.read import bind
+from export.fold.from_torch.nodes import attribute, bind
 from export.fold.graph import Graph, Node
 from export.fold.operations import Affine, Clamp, Identity, Layer, Select
 
@@ -102,7 +102,7 @@ class _Writer:
     def _layer(self, target: fx.Node, op: Layer) -> None:
         arguments = bind(target)
         weight, former = arguments["weight"], arguments["bias"]
-        like = weight.meta["val"] if weight.op != "get_attr" else operator.attrgetter(str(weight.target))(self.module)
+        like = self._like(weight)
         name = str(weight.target) if weight.op == "get_attr" else f"{weight.name}.weight"
         prefix = name.rpartition(".")[0]
         with self.graph.inserting_before(target):
@@ -121,6 +121,11 @@ class _Writer:
                 sum_node = self.graph.call_function(aten.add.Tensor, (target, bias_map))
             self._describe(sum_node, target)
             target.replace_all_uses_with(sum_node, delete_user_cb=lambda user: user is not sum_node)
+
+    def _like(self, constant: fx.Node) -> Tensor:
+        """The constant as it is, or, where it is computed, what torch.export says of it."""
+        own = attribute(self.module, constant)
+        return constant.meta["val"] if own is None else own  # type: ignore[no-any-return]
 
     def _own(self, former: fx.Node | None, prefix: str, label: str) -> str:
         """The name of the constant that takes the place of `former`, whose own it is if nothing else reads that."""
@@ -150,7 +155,7 @@ class _Writer:
     def _norm(self, target: fx.Node, op: Affine) -> None:
         arguments = bind(target)
         mean, eps = arguments["running_mean"], arguments["eps"]
-        like = mean.meta["val"] if mean.op != "get_attr" else operator.attrgetter(str(mean.target))(self.module)
+        like = self._like(mean)
         prefix = str(mean.target).rpartition(".")[0]
         scale, shift = op.map.vectors(1, like.numel(), target.name)
         # A BatchNorm of zero mean and unit variance, of which eps is a part.
