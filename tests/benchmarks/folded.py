@@ -179,7 +179,6 @@ def block(call: Callable[[], Any]) -> float:
 
 def measure(name: str, processes: int, rounds: int) -> dict[str, Any]:
     import onnxruntime
-
     from bench.environment import describe
 
     with tempfile.TemporaryDirectory() as folder:
@@ -199,13 +198,6 @@ def measure(name: str, processes: int, rounds: int) -> dict[str, Any]:
         **about,
         "throughput_per_s": {place: [run[place] for run in runs] for place in runs[0]},
     }
-
-
-def store(line: dict[str, Any]) -> None:
-    """Add or replace one network's measurement."""
-    have = {entry["network"]: entry for entry in (json.loads(RESULTS.read_text()) if RESULTS.exists() else [])}
-    have[line["network"]] = line
-    RESULTS.write_text(json.dumps(list(have.values()), indent=1) + "\n")
 
 
 def table() -> None:
@@ -253,8 +245,10 @@ if __name__ == "__main__":
             for name in names or NETWORKS:
                 print(json.dumps(measure(name, 1, 3)), flush=True)
         case ["run", *names]:
+            from strategies import store
+
             for name in names or NETWORKS:
-                store(measure(name, PROCESSES, ROUNDS))
+                store(RESULTS, measure(name, PROCESSES, ROUNDS))
                 print(f"measured {name}", flush=True)
         case ["process", name, folder, rounds, seed]:
             print(json.dumps(one_process(name, Path(folder), int(rounds), int(seed))))

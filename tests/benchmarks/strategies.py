@@ -204,11 +204,11 @@ def interval(runs: list[list[float]]) -> tuple[float, float, float]:
     return float(np.median(np.median(ratios, axis=1))), float(low), float(high)
 
 
-def store(line: dict[str, Any]) -> None:
+def store(results: Path, line: dict[str, Any]) -> None:
     """Add or replace one network's measurement."""
-    have = {entry["network"]: entry for entry in (json.loads(RESULTS.read_text()) if RESULTS.exists() else [])}
+    have = {entry["network"]: entry for entry in (json.loads(results.read_text()) if results.exists() else [])}
     have[line["network"]] = line
-    RESULTS.write_text(json.dumps(list(have.values()), indent=1) + "\n")
+    results.write_text(json.dumps(list(have.values()), indent=1) + "\n")
 
 
 def table() -> None:
@@ -274,7 +274,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", *names]:
             for name in names or (ARTICLE, *OWN):
-                store(measure(name))
+                store(RESULTS, measure(name))
                 print(f"measured {name}", flush=True)
         case ["table"]:
             table()

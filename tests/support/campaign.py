@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 BLOCK = 200
 """Cases that one worker does before another takes its place, so that what libraries keep does not pile up."""
@@ -54,6 +54,7 @@ class Outcome:
 
 
 Check = Callable[[int], Outcome]
+Subject = TypeVar("Subject")
 
 
 @contextlib.contextmanager
@@ -113,6 +114,36 @@ def kind_of(detail: str) -> str:
     """The first line without its numbers and names: failures of one kind read the same."""
     first = (detail.splitlines() or [""])[0][:160]
     return re.sub(r"v\d+|\d+(\.\d+)?(e[+-]?\d+)?|'[^']*'|\b\w+_\d+\b", "…", first)
+
+
+def reduced(
+    subject: Subject,
+    outcome: Outcome,
+    without: Callable[[Subject], Iterator[Subject]],
+    judge: Callable[[Subject], Outcome],
+) -> tuple[Subject, Outcome]:
+    """The subject without what its failure does not need, and the failure. `judge` raises where one does not count."""
+    kind = kind_of(outcome.detail) if outcome.verdict == "exception" else ""
+    again = True
+    while again:
+        again = False
+        for smaller in without(subject):
+            try:
+                smallers = judge(smaller)
+            except Exception:  # it does not run any more, or does not count
+                continue
+            if smallers.verdict == outcome.verdict and kind_of(smallers.detail).startswith(kind):
+                subject, outcome, again = smaller, smallers, True
+                break
+    return subject, outcome
+
+
+def print_case(listing: str, outcome: Outcome) -> None:
+    """All of one case."""
+    print(listing)
+    print(f"{outcome.verdict}: {outcome.detail}")
+    print(f"folded: {outcome.folded}, kept: {outcome.kept}, undone: {outcome.undone}")
+    print(f"not counted, others were drawn: {outcome.passed_over}")
 
 
 def main(script: str, check: Check, show: Callable[[int, bool], None], what: str) -> int:

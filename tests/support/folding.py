@@ -28,6 +28,9 @@ BEFORE, AFTER, ONES, MAP, FLOOR = (
 )
 
 
+Program = Callable[..., Any]
+
+
 class Net(nn.Module):
     """Modules by name and a function of them and the input: a network in one line."""
 
@@ -50,6 +53,16 @@ class Pair(Net):
 
 def conv(i: int, o: int, k: int = 3, **options: object) -> nn.Conv2d:
     return nn.Conv2d(i, o, k, **({"padding": k // 2} | options))  # type: ignore[arg-type]
+
+
+def net(program: Program, kind: type[Net] = Net, **modules: nn.Module) -> Net:
+    """A convolution `a` from four channels to six, a BatchNorm `n`, a convolution `c`; more by name."""
+    torch.manual_seed(0)
+    parts: dict[str, nn.Module] = {"a": conv(4, 6), "n": nn.BatchNorm2d(6), "c": conv(6, 6), **modules}
+    for part in parts.values():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    return kind(program, **parts)
 
 
 def image(*shape: int, seed: int = 1) -> Tensor:

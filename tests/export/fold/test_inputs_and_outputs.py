@@ -12,24 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from folding import Net, Pair, conv, fold_exactly, image
+from folding import Net, Pair, Program, fold_exactly, image, net
 from networks import enliven
 from torch import Tensor, nn
 
 IMAGE = image(3, 4, 5, 7)
-
-Program = Callable[..., Any]
-
-
-def net(program: Program, kind: type[Net] = Net, **modules: nn.Module) -> Net:
-    """A convolution `a` from four channels to six, a BatchNorm `n`, a convolution `c`; more by name."""
-    torch.manual_seed(0)
-    parts: dict[str, nn.Module] = {"a": conv(4, 6), "n": nn.BatchNorm2d(6), "c": conv(6, 6), **modules}
-    for part in parts.values():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
-    return kind(program, **parts)
-
 
 OUTPUTS: dict[str, Program] = {
     "random beside": lambda m, x: (m.c(m.n(m.a(x).relu())), torch.rand_like(x)),

@@ -187,33 +187,17 @@ def check(seed: int) -> Outcome:
     return case(random.Random(seed).randint)[-1]
 
 
-def reduced(file: File, strategy: Strategy, outcome: Outcome) -> tuple[File, Outcome]:
-    """The file without what the failure does not need."""
-    wanted = campaign.kind_of(outcome.detail) if outcome.verdict == "exception" else ""
-    again = True
-    while again:
-        again = False
-        for smaller in without(file):
-            try:
-                if not runs(smaller):
-                    continue
-                found = judged(smaller, strategy)
-            except Exception:  # it is no model any more, or does not count
-                continue
-            if found.verdict == outcome.verdict and campaign.kind_of(found.detail).startswith(wanted):
-                file, outcome, again = smaller, found, True
-                break
-    return file, outcome
-
-
 def show(seed: int, reduce: bool) -> None:
     file, strategy, outcome = case(random.Random(seed).randint)
+
+    def judge(smaller: File) -> Outcome:
+        if not runs(smaller):
+            raise NotCounted("it is no model any more")
+        return judged(smaller, strategy)
+
     if reduce and outcome.verdict != "right":
-        file, outcome = reduced(file, strategy, outcome)
-    print(file.listing())
-    print(f"{outcome.verdict}: {outcome.detail}")
-    print(f"folded: {outcome.folded}, kept: {outcome.kept}, undone: {outcome.undone}")
-    print(f"not counted, others were drawn: {outcome.passed_over}")
+        file, outcome = campaign.reduced(file, outcome, without, judge)
+    campaign.print_case(file.listing(), outcome)
 
 
 # -- the tests -------------------------------------------------------------------------------------------------------

@@ -313,34 +313,16 @@ def check(seed: int) -> Outcome:
     return case(random.Random(seed).randint)[-1]
 
 
-def reduced(drawn: Drawn, strategy: Strategy, runtime: Runtime, outcome: Outcome) -> tuple[Drawn, Outcome]:
-    """The network without the steps that the failure does not need."""
-    wanted = campaign.kind_of(outcome.detail) if outcome.verdict == "exception" else ""
-    again = True
-    while again:
-        again = False
-        for smaller in without(drawn):
-            try:
-                found = judged(smaller, strategy, runtime)
-            except Exception:  # it does not run, or does not count
-                continue
-            if found.verdict == outcome.verdict and campaign.kind_of(found.detail).startswith(wanted):
-                drawn, outcome, again = smaller, found, True
-                break
-    return drawn, outcome
-
-
 def show(seed: int, reduce: bool) -> None:
     drawn, strategy, runtime, outcome = case(random.Random(seed).randint)
     if reduce and outcome.verdict != "right":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            drawn, outcome = reduced(drawn, strategy, runtime, outcome)
-    print(f"inputs: {', '.join(str(tuple(x.shape)) for x in drawn.inputs)}")
-    print(drawn.network.listing())
-    print(f"{outcome.verdict}: {outcome.detail}")
-    print(f"folded: {outcome.folded}, kept: {outcome.kept}, undone: {outcome.undone}")
-    print(f"not counted, others were drawn: {outcome.passed_over}")
+            drawn, outcome = campaign.reduced(
+                drawn, outcome, without, lambda smaller: judged(smaller, strategy, runtime)
+            )
+    shapes = ", ".join(str(tuple(x.shape)) for x in drawn.inputs)
+    campaign.print_case(f"inputs: {shapes}\n{drawn.network.listing()}", outcome)
 
 
 # -- the tests -------------------------------------------------------------------------------------------------------

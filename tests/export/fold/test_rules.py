@@ -11,35 +11,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from folding import AFTER, BEFORE, FLOOR, MAP, ONES, Net, conv, image
 from networks import enliven
 from torch import Tensor, nn
 
 from export.fold import Folded, fold_batchnorm
-
-BEFORE, AFTER, ONES, MAP, FLOOR = (
-    "into the layer before",
-    "into the layers after",
-    "ones channel",
-    "bias map",
-    "floor",
-)
-
-
-class Net(nn.Module):
-    """Modules by name and a function of them: a network in one line."""
-
-    def __init__(self, forward: Callable[[Net, Tensor], Tensor], **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.body = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
-
-
-def conv(i: int, o: int, k: int = 3, **options: object) -> nn.Conv2d:
-    return nn.Conv2d(i, o, k, **({"padding": k // 2} | options))  # type: ignore[arg-type]
 
 
 def shuffled(x: Tensor) -> Tensor:
@@ -74,10 +50,6 @@ def check(model: nn.Module, x: Tensor, strategy: str = "auto") -> Folded:
 
 def methods(folded: Folded) -> dict[str, str]:
     return {norm.name: norm.method for norm in folded.report.folded} | {n.name: "kept" for n in folded.report.kept}
-
-
-def image(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 IMAGE = image(3, 4, 9, 11)

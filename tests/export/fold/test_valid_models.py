@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from folding import Net, assert_all_folded, conv, fold_exactly, image
+from folding import Net, Program, assert_all_folded, conv, fold_exactly, image, net
 from networks import enliven
 from torch import Tensor, export, nn
 from torch.nn.utils import parametrizations
@@ -24,19 +24,6 @@ from export.fold import FoldError, fold_batchnorm
 
 IMAGE = image(3, 4, 5, 7)
 WAVE = image(3, 4, 16)
-
-Program = Callable[..., Any]
-
-
-def net(program: Program, **modules: nn.Module) -> Net:
-    """A convolution `a` from four channels to six, a BatchNorm `n`, a convolution `c`; more by name."""
-    torch.manual_seed(0)
-    parts: dict[str, nn.Module] = {"a": conv(4, 6), "n": nn.BatchNorm2d(6), "c": conv(6, 6), **modules}
-    for part in parts.values():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
-    return Net(program, **parts)
-
 
 # -- sizes in arithmetic ---------------------------------------------------------------------------------------------
 
