@@ -42,7 +42,9 @@ PRICES: dict[Runtime, Prices] = {
     "onnxruntime": Prices(kept=100.0, mapped=32.0, stored=1000.0, copied=0.1, clamped=96.0, unaligned=0.25),
     "torch": Prices(kept=100.0, mapped=32.0, stored=1000.0, copied=0.1, clamped=2.0, unaligned=0.25),
 }
-"""These order the ways as they were measured (two AVX-512 cores; docs/strategies.md).
+"""`mapped`, `clamped` and `unaligned` order the ways as they were measured (two AVX-512 cores; docs/strategies.md).
+`kept`, `stored` and `copied` are estimates: `kept` lies between one comparison per element, at which onnxruntime broke
+about even, and two, at which it lost.
 
 onnxruntime joins a ReLU to the layer before and keeps both in its blocked layout, which a maximum per channel leaves,
 and whose convolutions are not used with other than multiples of four channels: on the article's network, two channels
@@ -55,8 +57,8 @@ ones and maps.
 CACHED = 2**16
 """Elements of a bias map, 256 KiB in float32, that stay in a core's cache.
 
-Two maps of 32 channels at 384² (18 MiB each) made a file of 0.05 MB one of 21 MB, which ran at 0.93 of it: a larger
-map has to replace a BatchNorm ten times as large.
+An estimate. Maps for two BatchNorms of 32 channels at 384² made a file of 0.05 MB one of 21 MB, which ran at 0.93 of
+it: a larger map has to replace a BatchNorm ten times as large.
 """
 
 MOST_WEIGHTS = 2**24

@@ -60,7 +60,8 @@ TOLERANCE = 1e-9
 
 MOST_OFFSET = 1e3
 """So many standard deviations may a mean be away from zero for a fold into the next layer, which then adds numbers that
-much larger than their sum. At 1e4 float32 results were off by 1.5e-3, those of the BatchNorm itself by 6e-4."""
+much larger than their sum. In front of a 1×1 convolution of 16 channels float32 results were off by 8.4e-5 at 1e3 and
+by 1.2e-3 at 1e4, where the BatchNorm itself made 1.0e-6 and 1.3e-4 of it."""
 
 Way = Callable[[Node], Plan]
 
