@@ -5,7 +5,6 @@ Owns how many digits are shown and how an interval is written. Knows neither tab
 
 from __future__ import annotations
 
-from bench.results.parity import ParityVerdict
 from bench.results.schema import Result
 from bench.results.statistics import MedianRatio, PairedRatio, Spread
 from bench.results.terms import Timing
@@ -39,11 +38,6 @@ def rounds_words(result: Result) -> str:
     """How many rounds were done, and of how many where the time limit came first."""
     done, asked = len({sample.round for sample in result.samples}), result.settings.rounds
     return str(done) if asked in (None, done) else f"{done} of {asked} (time limit)"
-
-
-def flips_words(parity: ParityVerdict) -> str:
-    """How many predictions changed."""
-    return NOTHING if parity.flips is None else str(len(parity.flips))
 
 
 def number(value: float | None, digits: str) -> str:

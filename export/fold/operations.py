@@ -458,10 +458,5 @@ def bounded(low: float, high: float, label: str) -> Clamp:
     return Clamp(torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64), label)
 
 
-def per_channel(vector: Tensor, dimensions: int) -> Tensor:
-    """[C] → [1, C, 1, …] with that many dimensions, to meet a value on its channel axis."""
-    return vector.reshape(1, -1, *([1] * (dimensions - 2)))
-
-
 def _sizes(value: Value) -> tuple[Sequence[int], Sequence[tuple[int, tuple[str, ...]]]]:
     return value.known_shape(), value.sizes

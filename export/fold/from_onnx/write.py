@@ -147,16 +147,12 @@ class _Writer:
         """New parameters for a BatchNorm; else a multiplication and an addition, as far as they do something."""
         first, dtype = _origin(node).nodes[0], _WRITTEN[op.dtype]
         if read_as.is_norm:
-            try:
-                scale, shift = op.map.vectors(1, read_as.map.scale.shape[1], node.name)
-            except Refused:  # it differs by position, as no BatchNorm does
-                pass
-            else:
-                # Of zero mean and unit variance; its epsilon is made up for by the scale.
-                scale = scale * math.sqrt(1 + real(first, "epsilon", 1e-5))
-                for place, part in enumerate((scale, shift, torch.zeros_like(scale), torch.ones_like(scale)), start=1):
-                    self._exchange(first, place, part, _dtype(first.inputs[place]) or dtype)
-                return
+            scale, shift = op.map.vectors(1, read_as.map.scale.shape[1], node.name)
+            # Of zero mean and unit variance; its epsilon is made up for by the scale.
+            scale = scale * math.sqrt(1 + real(first, "epsilon", 1e-5))
+            for place, part in enumerate((scale, shift, torch.zeros_like(scale), torch.ones_like(scale)), start=1):
+                self._exchange(first, place, part, _dtype(first.inputs[place]) or dtype)
+            return
         parts = (("Mul", op.map.scale, 1.0), ("Add", op.map.shift, 0.0))
         self._replace(
             node, [_Step(kind, (part,)) for kind, part, neutral in parts if bool((part != neutral).any())], dtype
