@@ -327,15 +327,13 @@ class _Reader:
         slope = self.constants.get(arguments.get("weight")) if base == "prelu" else None
         if slope is not None:
             slopes = slope.detach().double().cpu()
-            homogeneous = True
-            return Elementwise("prelu", lambda t: torch.prelu(t, slopes.to(t.dtype)), homogeneous)
+            return Elementwise("prelu", lambda t: torch.prelu(t, slopes.to(t.dtype)), homogeneous=True)
         if fx_node.all_input_nodes != [x]:
             return None
         if base in ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"):
             return _clamp(base, arguments)
         if base in _ELEMENTWISE or base == "leaky_relu":
-            homogeneous = base == "leaky_relu"
-            return Elementwise(base, self._call(fx_node), homogeneous)
+            return Elementwise(base, self._call(fx_node), homogeneous=base == "leaky_relu")
         if base == "neg":
             minus = torch.full([1] * rank, -1.0, dtype=torch.float64)
             return Affine(Map(minus, torch.zeros_like(minus)), False, 0.0, x.meta["val"].dtype)
@@ -348,18 +346,14 @@ class _Reader:
     def _spatial(self, fx_node: fx.Node, value: Value, base: str, arguments: dict[str, Any]) -> Op | None:
         rank = value.rank
         call = self._call(fx_node)
-
-        def last(count: int) -> tuple[int, ...]:
-            return tuple(range(rank - count, rank))
-
         if base in _MAX_POOL:
-            return Spatial(base, call, last(int(base[-2])), linear=False, keeps_constants=True)
+            return Spatial(base, call, _last(_dimensions(base), rank), linear=False, keeps_constants=True)
         if base in _AVG_POOL:
             whole = not any(each(arguments["padding"], 1)) or not arguments["count_include_pad"]
             keeps = whole and arguments.get("divisor_override") is None
-            return Spatial(base, call, last(int(base[-2])), linear=True, keeps_constants=keeps)
+            return Spatial(base, call, _last(_dimensions(base), rank), linear=True, keeps_constants=keeps)
         if base in _ADAPTIVE_AVG_POOL:
-            return Spatial(base, call, last(int(base[-2])), linear=True, keeps_constants=True)
+            return Spatial(base, call, _last(_dimensions(base), rank), linear=True, keeps_constants=True)
         if base in _RESIZE:
             return Spatial(base, call, tuple(range(2, rank)), linear=True, keeps_constants=True)
         if base == "mean" and arguments.get("dim") and arguments.get("dtype") is None:
@@ -370,7 +364,7 @@ class _Reader:
             mode, fill = arguments.get("mode", "constant"), arguments.get("value")
             if mode == "constant" and fill not in (None, 0, 0.0):
                 return None
-            axes = last(len(arguments["pad"]) // 2)
+            axes = _last(len(arguments["pad"]) // 2, rank)
             return Spatial(f"{mode} pad", call, axes, linear=True, keeps_constants=mode != "constant")
         return None
 
@@ -391,8 +385,7 @@ class _Reader:
         if self._pool_pair(maker):
             value = self.values[maker.args[0]]  # type: ignore[index]
             whole = self._call(maker)
-            base = aten_name(maker)
-            axes = tuple(range(value.rank - (1 if "1d" in base else 2 if "2d" in base else 3), value.rank))
+            axes = _last(_dimensions(aten_name(maker)), value.rank)
             return Spatial("max pool", lambda x: whole(x)[0], axes, linear=False, keeps_constants=True), [value]
         if self._chunks(maker):
             value = self.values[maker.args[0]]  # type: ignore[index]
@@ -447,6 +440,16 @@ def _broadcast(tensor: Tensor | None, rank: int) -> Tensor | None:
     if sum(size > 1 for size in number.shape) > 1 or not bool(torch.isfinite(number).all()):
         return None
     return number
+
+
+def _last(count: int, rank: int) -> tuple[int, ...]:
+    """So many axes at the end."""
+    return tuple(range(rank - count, rank))
+
+
+def _dimensions(base: str) -> int:
+    """The digit in the name of a pool: how many axes it works along."""
+    return next(int(letter) for letter in base if letter.isdigit())
 
 
 def _clamp(base: str, arguments: dict[str, Any]) -> Op | None:
