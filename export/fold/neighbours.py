@@ -12,7 +12,7 @@ import torch
 from export.fold import algebra
 from export.fold.graph import Node, Value
 from export.fold.maps import Inapplicable, Map, Refused
-from export.fold.operations import Add, Affine, Identity, Layer, Select
+from export.fold.operations import Affine, Identity, Layer, Select, Sum
 from export.fold.plan import Plan
 
 Tensor = torch.Tensor
@@ -53,7 +53,7 @@ def affine_op(node: Node) -> Affine:
 def backward(norm: Node, clamps: bool = False) -> Plan:
     """Into what makes the input; with `clamps`, past activations whose bounds it moves."""
     plan = Plan("floor" if clamps else "into the layer before", {norm: Identity()})
-    return pull_back(norm, affine_op(norm).map, plan, clamps)
+    return pull_back(norm.inputs[0], norm, affine_op(norm).map, plan, clamps)
 
 
 def floor(norm: Node) -> Plan:
@@ -66,16 +66,16 @@ def floor(norm: Node) -> Plan:
         raise Inapplicable("no scale is negative")
     sign = torch.where(map.scale < 0, -1.0, 1.0).double()
     plan = Plan("floor", {norm: Identity()})
-    plan = pull_back(norm, Map(map.scale.abs(), sign * map.shift).shrunk(), plan, clamps=True)
+    plan = pull_back(norm.inputs[0], norm, Map(map.scale.abs(), sign * map.shift).shrunk(), plan, clamps=True)
     for sink in sinks(norm.output, Map(sign, torch.zeros_like(sign)), plan, clamps=False):
         absorb(plan, sink)
     return plan
 
 
-def pull_back(norm: Node, map: Map, plan: Plan, clamps: bool) -> Plan:
-    """Make the input of `norm` become `map` of it by changing what makes it."""
+def pull_back(value: Value, reader: Node, map: Map, plan: Plan, clamps: bool) -> Plan:
+    """Make `value`, which `reader` alone may read, become `map` of it by changing what makes it."""
     refusal: Refused | None = None
-    ways = [(plan, [(norm.inputs[0], norm, map)])]
+    ways = [(plan, [(value, reader, map)])]
     for _ in range(MOST_WAYS):
         if not ways:
             break
@@ -188,60 +188,82 @@ def absorb(plan: Plan, sink: Sink) -> None:
 
 
 def beside(norm: Node) -> Plan:
-    """Into a layer that reads the same input and whose output is added to this one's."""
-    op, x = affine_op(norm), norm.inputs[0]
+    """Into a layer that reads the same input and whose output is added to this one's, or subtracted from it."""
+    map, x = affine_op(norm).map, norm.inputs[0]
     require_stable(x)
-    plan = Plan("beside a layer", {norm: Identity()})
-    total, other = _sum_of(norm.output)
-    for node, between in _addends(other, total):
-        layer = plan.op(node)
-        if not isinstance(layer, Layer) or layer.transposed or node.inputs[0] is not x:
+    total, op = _sum_of(norm.output)
+    side = total.inputs.index(norm.output)
+    plan = _selected(total, op, 1 - side)
+    plan.changes[norm] = Identity()
+    for part in _parts(total, 1 - side):
+        layer = plan.op(part.node)
+        if not isinstance(layer, Layer) or part.node.inputs[0] is not x:
             continue
-        centre = _corner(layer, (1,) * layer.rank, (0,) * layer.rank, layer.dilation)
-        same_size = all(
-            sum(pads) == d * (k - 1)
-            for pads, d, k in zip(layer.padding or (), layer.dilation, layer.weight.shape[2:], strict=True)
-        )
-        if centre is None or not same_size or any(step != 1 for step in layer.stride):
+        centre = _centre(layer)
+        if centre is None:
             continue
-        scale, shift = op.map.vectors(layer.axis, layer.channels_out, node.name)
-        plan.put(node, algebra.beside(layer, algebra.diagonal(layer, scale), shift, centre))
-        plan.changes[total] = Select(total.inputs.index(other))
-        plan.passed |= between
+        scale, shift = map.vectors(layer.axis, layer.channels_out, part.node.name)
+        sign = part.sign * op.signs[side]
+        kernel = algebra.diagonal(layer, sign * scale)
+        plan.put(part.node, algebra.beside(layer, kernel, sign * shift, centre))
+        plan.passed |= part.between
         return plan
     raise Refused("no layer of the same input stands beside it")
 
 
 def parallel(total: Node) -> Plan:
-    """Two layers of one input whose outputs are added: one layer, with the smaller kernel inside the larger one."""
-    if not isinstance(total.op, Add) or total.inputs[0] is total.inputs[1]:
+    """Two layers of one input whose outputs are added: one layer, with the smaller kernel inside the larger one.
+
+    Or one layer, and the input itself.
+    """
+    if not isinstance(total.op, Sum) or total.inputs[0] is total.inputs[1]:
         raise Refused("no sum of two")
-    made = [_through(value, total) for value in total.inputs]
-    nodes = [node for node, _ in made]
-    ops = [node.op for node in nodes]
-    for into, out in ((0, 1), (1, 0)):
-        large, small = ops[into], ops[out]
-        if not isinstance(large, Layer) or not isinstance(small, Layer) or None in (large.padding, small.padding):
-            break
+    for into in (0, 1):
+        out, sign = total.inputs[1 - into], total.op.signs[1 - into]
+        try:
+            plan = _selected(total, total.op, into)
+            node, between = _through(total.inputs[into], total)
+        except Refused:
+            continue
+        large = plan.op(node)
+        if not isinstance(large, Layer) or large.padding is None or large.transposed:
+            continue
+        plan.passed |= between
+        if out is node.inputs[0]:
+            centre = _centre(large)
+            if centre is None:
+                continue
+            require_stable(out)
+            one = torch.ones(large.channels_out, dtype=torch.float64)
+            plan.put(node, algebra.beside(large, algebra.diagonal(large, sign * one), 0 * one, centre))
+            return plan
+        other, skipped = _through(out, total)
+        small = other.op
+        if not isinstance(small, Layer) or small.padding is None or other.inputs[0] is not node.inputs[0]:
+            continue
         alike = (large.rank, large.stride, large.groups) == (small.rank, small.stride, small.groups)
-        same_input = nodes[into].inputs[0] is nodes[out].inputs[0]
-        plain = not large.transposed and not small.transposed and (small.bias is None or small.bias.dim() == 1)
-        if not alike or not same_input or not plain:
-            break
-        before = tuple(pads[0] for pads in small.padding or ())
+        if not alike or small.transposed or (small.bias is not None and small.bias.dim() > 1):
+            continue
+        before = tuple(pads[0] for pads in small.padding)
         corner = _corner(large, tuple(small.weight.shape[2:]), before, small.dilation)
         if corner is None:
             continue
-        bias = torch.zeros(small.channels_out) if small.bias is None else small.bias
-        plan = Plan("beside a layer")
-        plan.put(
-            nodes[into],
-            algebra.beside(large, small.weight.detach().double().cpu(), bias.detach().double().cpu(), corner),
-        )
-        plan.changes[total] = Select(into)
-        plan.passed |= {nodes[out], *made[0][1], *made[1][1]}
+        weight = sign * small.weight.detach().double().cpu()
+        bias = torch.zeros(small.channels_out) if small.bias is None else sign * small.bias.detach().double().cpu()
+        plan.put(node, algebra.beside(large, weight, bias, corner))
+        plan.passed |= {other, *skipped}
         return plan
     raise Refused("no two layers whose kernels lie in one another")
+
+
+def _centre(layer: Layer) -> tuple[int, ...] | None:
+    """The tap of the layer's kernel that reads an output's own position; None where there isn't one for each."""
+    if layer.transposed or layer.padding is None or any(step != 1 for step in layer.stride):
+        return None
+    spans = zip(layer.padding, layer.dilation, layer.weight.shape[2:], strict=True)
+    if any(sum(pads) != dilation * (size - 1) for pads, dilation, size in spans):
+        return None
+    return _corner(layer, (1,) * layer.rank, (0,) * layer.rank, layer.dilation)
 
 
 def _corner(
@@ -262,31 +284,51 @@ def _corner(
     return tuple(corner)
 
 
-def _sum_of(value: Value) -> tuple[Node, Value]:
-    """The sum that alone reads `value`, and its other side."""
+def _sum_of(value: Value) -> tuple[Node, Sum]:
+    """The sum that alone reads `value`."""
     require_stable(value)
     readers = value.readers
-    if value.pinned or len(readers) != 1 or not isinstance(readers[0].op, Add):
+    op = readers[0].op if len(readers) == 1 else None
+    if value.pinned or not isinstance(op, Sum):
         raise Inapplicable("it is not one side of a sum")
-    total = readers[0]
-    return total, total.inputs[1 - total.inputs.index(value)]
+    return readers[0], op
 
 
-def _addends(value: Value, reader: Node) -> list[tuple[Node, set[Node]]]:
-    """What makes the parts of a sum, as far as the sum alone reads them, and the nodes between each and the sum."""
-    made: list[tuple[Node, set[Node]]] = []
-    pending: list[tuple[Value, Node, set[Node]]] = [(value, reader, set())]
+def _selected(total: Node, op: Sum, side: int) -> Plan:
+    """A plan by which this side alone is left of a sum, times its sign."""
+    plan = Plan("beside a layer", {total: Select(side)})
+    if op.signs[side] > 0:
+        return plan
+    ones = torch.ones([1] * total.inputs[side].rank, dtype=torch.float64)
+    return pull_back(total.inputs[side], total, Map(-ones, 0 * ones), plan, clamps=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What makes one part of a sum, with its sign in it, and the nodes between the two."""
+
+    node: Node
+    sign: int
+    between: set[Node]
+
+
+def _parts(total: Node, side: int) -> list[_Part]:
+    """The parts of one side of a sum, as far as the sum alone reads them; their signs are those in that side."""
+    found: list[_Part] = []
+    pending: list[tuple[Value, Node, int, set[Node]]] = [(total.inputs[side], total, 1, set())]
     while pending:
-        value, reader, between = pending.pop()
+        value, reader, sign, between = pending.pop()
         try:
             node, skipped = _through(value, reader)
         except Refused:
             continue
-        if isinstance(node.op, Add):
-            pending += [(part, node, between | skipped | {node}) for part in node.inputs]
+        between = between | skipped
+        if isinstance(node.op, Sum):
+            signed = zip(node.inputs, node.op.signs, strict=True)
+            pending += [(part, node, sign * own, between | {node}) for part, own in signed]
         else:
-            made.append((node, between | skipped))
-    return made
+            found.append(_Part(node, sign, between))
+    return found
 
 
 def _through(value: Value, reader: Node) -> tuple[Node, set[Node]]:

@@ -411,18 +411,24 @@ class Concat(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class Add(Operation):
-    """Sum of two values of the same shape."""
+class Sum(Operation):
+    """Sum of two values of the same shape, each times its sign, 1 or -1."""
+
+    signs: tuple[int, int] = (1, 1)
 
     label = "sum"
 
     def evaluate(self, *inputs: Tensor) -> Tensor:
-        return inputs[0] + inputs[1]
+        first, second = (value if sign > 0 else -value for value, sign in zip(inputs, self.signs, strict=True))
+        return first + second
 
     def pull(self, node: Node, map: Map) -> list[Step]:
         """The scale goes into both sides, the shift into either."""
         bare = replace(map, shift=torch.zeros_like(map.shift)).shrunk()
-        return [Step([map, bare]), Step([bare, map])] if map.shifts else [Step([bare, bare])]
+        if not map.shifts:
+            return [Step([bare, bare])]
+        first, second = (replace(map, shift=sign * map.shift) for sign in self.signs)
+        return [Step([first, bare]), Step([bare, second])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,7 +49,7 @@ from export.fold import border, neighbours
 from export.fold.graph import Graph, Node, Op, Value, evaluate, forget
 from export.fold.maps import Inapplicable, Refused
 from export.fold.neighbours import affine_op
-from export.fold.operations import Add, Affine, Clamp, Layer, Select
+from export.fold.operations import Affine, Clamp, Layer, Select, Sum
 from export.fold.plan import PRICES, Plan, Prices, elements
 from export.fold.report import FoldedNorm, FoldReport, KeptNorm, Runtime, Strategy
 
@@ -102,7 +102,11 @@ def fold(
     simplified, _ = search.all_of(constants())
     folded, kept = search.all_of(norms)
     simplified += search.all_of(constants())[0]
-    simplified += search.parallel([node for node in graph.nodes if isinstance(node.op, Add) and node.inputs])
+    # Two layers that became one may be the home that two had no room for.
+    while merged := search.parallel([node for node in graph.nodes if isinstance(node.op, Sum) and node.inputs]):
+        simplified += merged
+        more, kept = search.all_of(list(kept))
+        folded += more
     return FoldReport(folded=tuple(folded), kept=(*_kept(kept), *graph.unread), simplified=tuple(simplified))
 
 

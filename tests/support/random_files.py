@@ -678,9 +678,10 @@ class Builder:
             if side == "conv" and self.choose.one_in(2):
                 self.norm()
             ends.append(self.current)
+        ends += [start] if self.choose.one_in(3) else []
         total = ends[0]
         for end in ends[1:]:
-            if not self.take("Add", *self.choose.pick([[total, end], [end, total]])):
+            if not self.take(self.choose.pick(["Add", "Add", "Sub"]), *self.choose.pick([[total, end], [end, total]])):
                 return
             total = self.current
 

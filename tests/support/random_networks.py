@@ -696,7 +696,7 @@ class Builder:
         return self.function(name, name, function)
 
     def parallel(self) -> None:
-        """conv(x) + BatchNorm(x) + 1x1(x), or some of these."""
+        """conv(x) + BatchNorm(x) + 1x1(x) + x, or some of these, added or subtracted."""
         x, start = self.x, self.current
         rank = x.dim() - 2
         if rank not in (1, 2):
@@ -718,17 +718,17 @@ class Builder:
             if not all(self.go(f"parallel: {type(module).__name__}", module) for module in side):
                 return
             ends.append(self.current)
-        in_place = self.choose.one_in(3)
+        ends += [start] if self.choose.one_in(3) else []
         total = ends[0]
+        operations: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = (
+            [("+=", lambda a, b: a.add_(b)), ("-=", lambda a, b: a.sub_(b))]
+            if self.choose.one_in(3)
+            else [("+", lambda a, b: a + b), ("-", lambda a, b: a - b), ("rsub", lambda a, b: torch.rsub(b, a))]
+        )
         for end in ends[1:]:
-            done = self.function(
-                "parallel: +=" if in_place else "parallel: +",
-                "+",
-                (lambda a, b: a.add_(b)) if in_place else (lambda a, b: a + b),
-                total,
-                end,
-            )
-            if not done:
+            name, function = self.choose.pick(operations)
+            reads = [total, end] if name.endswith("=") else self.choose.pick([[total, end], [end, total]])
+            if not self.function(f"parallel: {name}", name, function, *reads):
                 return
             total = self.current
         if self.choose.one_in(2):

@@ -18,7 +18,7 @@ from export.fold.from_onnx import layers, movers, windows
 from export.fold.from_onnx.layers import affine, along_one_axis, fitted
 from export.fold.from_onnx.nodes import Reading, Unreadable, given, integer, is_standard, real, required, text
 from export.fold.graph import Op
-from export.fold.operations import Add, Clamp, Elementwise, Identity, Sizes, bounded, relu
+from export.fold.operations import Clamp, Elementwise, Identity, Sizes, Sum, bounded, relu
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -157,8 +157,8 @@ def _with_constant(reader: Reader, node: ir.Node) -> tuple[ir.Value, ir.Value]:
     return (one, other) if reader.flows(one) else (other, one)
 
 
-def _add(reader: Reader, node: ir.Node) -> Op:
-    """A sum of two values, or the shift by a constant."""
+def _sum(reader: Reader, node: ir.Node) -> Op:
+    """A sum or difference of two values, or the shift by a constant."""
     if len(node.inputs) != 2 or not all(map(reader.flows, node.inputs)):
         return _arithmetic(reader, node)
     one, other = required(node, 0), required(node, 1)
@@ -167,7 +167,7 @@ def _add(reader: Reader, node: ir.Node) -> Op:
     alike = a is not None and a == b and (reader.sizes(one) == reader.sizes(other) or (len(a) > 1 and 1 not in a[1:]))
     if not alike:
         raise Unreadable("its operands have different sizes")
-    return Add()
+    return Sum((1, -1 if node.op_type == "Sub" else 1))
 
 
 def _arithmetic(reader: Reader, node: ir.Node) -> Op:
@@ -237,9 +237,9 @@ RULES: dict[str, Rule] = {
     "Sigmoid": _sigmoid,
     "HardSigmoid": _hard_sigmoid,
     "Gelu": _gelu,
-    "Add": _add,
-    "Sum": _add,
-    "Sub": _arithmetic,
+    "Add": _sum,
+    "Sum": _sum,
+    "Sub": _sum,
     "Mul": _arithmetic,
     "Div": _arithmetic,
     "Shape": _sizes,

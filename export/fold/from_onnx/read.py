@@ -36,7 +36,6 @@ from export.fold.from_onnx.survey import out_of_reach
 from export.fold.graph import Graph, Node, Op, Value, connect
 from export.fold.maps import Size
 from export.fold.operations import (
-    Add,
     Affine,
     Clamp,
     Concat,
@@ -47,6 +46,7 @@ from export.fold.operations import (
     Sizes,
     Slice,
     Spatial,
+    Sum,
     Transpose,
 )
 from export.fold.report import KeptNorm
@@ -299,7 +299,7 @@ def _derived(op: Op, inputs: list[Value], shape: tuple[int, ...]) -> tuple[Size 
     """Sizes that follow from the inputs' and the operation; None for those that inference has to tell."""
     first = inputs[0].sizes
     unknown: tuple[Size | None, ...] = (None,) * len(shape)
-    if isinstance(op, Identity | Elementwise | Clamp | Affine | Add) and len(first) == len(shape):
+    if isinstance(op, Identity | Elementwise | Clamp | Affine | Sum) and len(first) == len(shape):
         return first
     if isinstance(op, Layer):
         made: Size = (op.channels_out, ())

@@ -65,9 +65,13 @@ def _is_arithmetic(node: ir.Node, constants: Constants) -> bool:
 
 
 def _adds_layers(node: ir.Node) -> bool:
-    return is_standard(node, "Add", "Sum") and all(
-        value is not None and _made_by(value, "Conv", "ConvTranspose", "Gemm", "MatMul", "Add") for value in node.inputs
-    )
+    """Whether it adds what layers make, or what a layer makes to that layer's input."""
+    if not is_standard(node, "Add", "Sub", "Sum"):
+        return False
+    producers = [None if value is None else value.producer() for value in node.inputs]
+    layers = [made for made in producers if made is not None and is_standard(made, *LAYERS)]
+    sums = [made for made in producers if made is not None and is_standard(made, "Add", "Sub")]
+    return len(layers) + len(sums) == len(producers) or any(layer.inputs[0] in node.inputs for layer in layers)
 
 
 def _made_by(value: ir.Value, *op_types: str) -> bool:

@@ -22,7 +22,6 @@ from export.fold.from_torch.sizes import Sizing, same
 from export.fold.graph import Graph, Node, Op, Value, connect
 from export.fold.maps import Map
 from export.fold.operations import (
-    Add,
     Affine,
     Concat,
     Elementwise,
@@ -33,6 +32,7 @@ from export.fold.operations import (
     Sizes,
     Slice,
     Spatial,
+    Sum,
     Transpose,
     bounded,
     relu,
@@ -243,14 +243,15 @@ class _Reader:
         return (Concat(arguments["dim"] % rank), values) if alike and len(dtypes) == 1 else None
 
     def _arithmetic(self, fx_node: fx.Node, name: str, arguments: dict[str, Any]) -> tuple[Op, list[Value]] | None:
-        """A sum of two values, or a scale and shift by constants."""
+        """A sum or difference of two values, or a scale and shift by constants."""
         first, second = arguments.get("self"), arguments.get("other")
         factor = arguments.get("alpha", 1)
         if first in self.values and second in self.values:
             a, b = self.values[first], self.values[second]
             alike = a.shape is not None and a.shape == b.shape and a.sizes == b.sizes
             same_type = first.meta["val"].dtype == second.meta["val"].dtype
-            return (Add(), [a, b]) if name == "add" and factor == 1 and alike and same_type else None
+            plain = factor == 1 and alike and same_type and name in ("add", "sub")
+            return (Sum((1, 1 if name == "add" else -1)), [a, b]) if plain else None
         turned = second in self.values
         x, constant = (second, first) if turned else (first, second)
         if x not in self.values or arguments.get("rounding_mode") is not None or (turned and name == "div"):

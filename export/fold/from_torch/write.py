@@ -80,10 +80,8 @@ class _Writer:
         op = node.op
         if target is None or op is node.read_as or not node.inputs:  # nothing reads what has no inputs any more
             return
-        if isinstance(op, Identity):
+        if isinstance(op, Identity | Select):
             self._replace(target, _value_read(node, target))
-        elif isinstance(op, Select):
-            self._replace(target, (target.args[0], target.args[1])[op.index])
         elif isinstance(op, Layer):
             self._layer(target, op)
         elif isinstance(op, Clamp):

@@ -153,6 +153,20 @@ def test_a_block_of_parallel_branches(added: str, tmp_path: Path) -> None:
     assert is_folded(file.save(tmp_path)) or added == "Sum"
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+def test_branches_that_are_subtracted(skip: bool, norm: bool, tmp_path: Path) -> None:
+    """x + (conv(x) - BatchNorm(x)), as FastViT's mixer is: its input is one more tap."""
+    file = File()
+    x = file.input("x", "n", 6, 8, 8)
+    total = file.node("Sub", file.conv(x, 6, 6), file.norm(x, 6) if norm else file.conv(x, 6, 6, 1))
+    file.norm(file.node("Add", x, total) if skip else total, 6, outputs=["y"])
+    file.output("y", "n", 6, 8, 8)
+    fold_and_compare(file.save(tmp_path))
+    assert op_types(tmp_path / "folded.onnx")["Conv"] == 1
+    assert not {"Add", "Sub", "BatchNormalization"} & set(op_types(tmp_path / "folded.onnx"))
+
+
 @pytest.mark.parametrize("what", ["no centre", "corner", "shrinks", "broadcast", "read twice", "other input", "same"])
 def test_a_batchnorm_beside_something_else(what: str, tmp_path: Path) -> None:
     """Where the kernel has no centre, it may still have a tap that reads the same place; or there is none."""

@@ -113,6 +113,32 @@ def test_a_norm_beside_two_layers() -> None:
     assert_all_folded(fold_exactly(model, IMAGE))
 
 
+SIGNED: dict[str, Program] = {
+    "the layer subtracted": lambda m, x: m.n(x) - m.a(x),
+    "the norm subtracted": lambda m, x: m.a(x) - m.n(x),
+    "in place": lambda m, x: m.a(x).sub_(m.n(x)),
+    "turned": lambda m, x: torch.rsub(m.n(x), m.a(x)),
+    "layers subtracted": lambda m, x: m.a(x) - m.b(x) - m.n(x),
+    "a layer's opposite": lambda m, x: m.n(x) + (m.k(x) - m.a(x)),
+    "a difference's opposite": lambda m, x: m.a(x) - (m.b(x) - m.n(x)),
+    "the input": lambda m, x: m.a(x) + m.n(x) + x,
+    "the input, first": lambda m, x: x + (m.n(x) + m.a(x)),
+    "the input subtracted": lambda m, x: m.n(x) + (m.a(x) - x),
+    "FastViT's mixer": lambda m, x: x + 0.3 * ((m.a(x) + m.k(x)) - m.n(x)),
+}
+
+
+@pytest.mark.parametrize("case", SIGNED)
+def test_sums_with_signs_that_are_one_convolution(case: str) -> None:
+    modules = {"a": conv(6, 6), "b": conv(6, 6, 1), "n": nn.BatchNorm2d(6), "k": nn.BatchNorm2d(6)}
+    used = {name: modules[name] for name in SIGNED[case].__code__.co_names if name in modules}
+    model = build(lambda m, x: F.relu(SIGNED[case](m, x)), **used)
+    folded = fold_exactly(model, IMAGE)
+    assert_all_folded(folded)
+    counts = operations(folded.module)
+    assert (counts["add"], counts["sub"], counts["mul"], counts["conv2d"]) == (0, 0, 0, 1), counts
+
+
 APART: dict[str, tuple[Program, dict[str, Callable[[], nn.Module]]]] = {
     "stride two": (lambda m, x: m.a(x) + m.n(x[:, :, ::2, ::2]), {"a": lambda: conv(6, 6, stride=2)}),
     "a circle": (lambda m, x: m.a(x) + m.n(x), {"a": lambda: conv(6, 6, padding_mode="circular")}),
@@ -125,7 +151,6 @@ APART: dict[str, tuple[Program, dict[str, Callable[[], nn.Module]]]] = {
         {"a": lambda: conv(6, 6, padding=0)},
     ),
     "twice": (lambda m, x: m.a(x) + 2 * m.n(x), {"a": lambda: conv(6, 6)}),
-    "subtracted": (lambda m, x: m.a(x) - m.n(x), {"a": lambda: conv(6, 6)}),
     "alpha": (lambda m, x: torch.add(m.a(x), m.n(x), alpha=2), {"a": lambda: conv(6, 6)}),
     "broadcast": (lambda m, x: m.a(x[:1]) + m.n(x), {"a": lambda: conv(6, 6)}),
     "transposed": (lambda m, x: m.a(x) + m.n(x), {"a": lambda: nn.ConvTranspose2d(6, 6, 3, padding=1)}),
