@@ -191,8 +191,7 @@ def beside(norm: Node) -> Plan:
     """Into a layer that reads the same input and whose output is added to this one's, or subtracted from it."""
     map, x = affine_op(norm).map, norm.inputs[0]
     require_stable(x)
-    total, op = _sum_of(norm.output)
-    side = total.inputs.index(norm.output)
+    total, op, side, skipped = _sum_of(norm.output)
     plan = _selected(total, op, 1 - side)
     plan.changes[norm] = Identity()
     for part in _parts(total, 1 - side):
@@ -206,7 +205,7 @@ def beside(norm: Node) -> Plan:
         sign = part.sign * op.signs[side]
         kernel = algebra.diagonal(layer, sign * scale)
         plan.put(part.node, algebra.beside(layer, kernel, sign * shift, centre))
-        plan.passed |= part.between
+        plan.passed |= part.between | skipped
         return plan
     raise Refused("no layer of the same input stands beside it")
 
@@ -284,14 +283,19 @@ def _corner(
     return tuple(corner)
 
 
-def _sum_of(value: Value) -> tuple[Node, Sum]:
-    """The sum that alone reads `value`."""
-    require_stable(value)
-    readers = value.readers
-    op = readers[0].op if len(readers) == 1 else None
-    if value.pinned or not isinstance(op, Sum):
-        raise Inapplicable("it is not one side of a sum")
-    return readers[0], op
+def _sum_of(value: Value) -> tuple[Node, Sum, int, set[Node]]:
+    """The sum that alone reads `value`, which of its inputs that is, and nodes between that change nothing."""
+    between: set[Node] = set()
+    while True:
+        require_stable(value)
+        readers = value.readers
+        op = readers[0].op if len(readers) == 1 else None
+        if value.pinned or not isinstance(op, Sum | Identity | Select):
+            raise Inapplicable("it is not one side of a sum")
+        if isinstance(op, Sum):
+            return readers[0], op, readers[0].inputs.index(value), between
+        between.add(readers[0])
+        value = readers[0].output
 
 
 def _selected(total: Node, op: Sum, side: int) -> Plan:

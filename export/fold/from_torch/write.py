@@ -34,11 +34,16 @@ def write(module: fx.GraphModule, graph: Graph) -> fx.GraphModule:
         fx_graph.output(result)
     fx_graph._codegen = module.graph._codegen
     writer = _Writer(module, fx_graph, copies)
+    forgotten = [node.origin for node in graph.nodes if isinstance(node.op, Identity) and not node.inputs]
+    unread = {copies[origin] for origin in forgotten if isinstance(origin, fx.Node)}
     for node in graph.nodes:
         writer.node(node)
         node.op = node.read_as
-    # What writes into an input or a buffer may be read by nobody; torch does not know that of regions.
-    fx_graph.eliminate_dead_code(lambda node: node.is_impure() or bool(written_by(node, module)))
+    # What writes into an input or a buffer may be read by nobody; torch does not know that of regions. And it calls a
+    # dropout impure that is one by name alone.
+    fx_graph.eliminate_dead_code(
+        lambda node: node not in unread and (node.is_impure() or bool(written_by(node, module)))
+    )
     attributes: dict[str, Any] = {}
     storages: dict[int, torch.UntypedStorage] = {}
     for target in sorted({str(n.target) for n in fx_graph.nodes if n.op == "get_attr"}):

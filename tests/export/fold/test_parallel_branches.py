@@ -116,6 +116,7 @@ def test_a_norm_beside_two_layers() -> None:
 SIGNED: dict[str, Program] = {
     "the layer subtracted": lambda m, x: m.n(x) - m.a(x),
     "the norm subtracted": lambda m, x: m.a(x) - m.n(x),
+    "nothing between": lambda m, x: m.a(x) - F.dropout(0 + m.n(x), 0.5, False),
     "in place": lambda m, x: m.a(x).sub_(m.n(x)),
     "turned": lambda m, x: torch.rsub(m.n(x), m.a(x)),
     "layers subtracted": lambda m, x: m.a(x) - m.b(x) - m.n(x),
