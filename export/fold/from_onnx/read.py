@@ -167,6 +167,8 @@ class Reader:
             return [self._opaque(node, str(unreadable))]
         except Exception as error:  # whatever a node that nobody thought of may raise: it stays what it is
             return [self._opaque(node, f"reading it raised {type(error).__name__}: {error}")]
+        if any(reading.op.reads_elements and not reading.inputs for reading in readings):
+            return [self._opaque(node, "what it makes of a constant is not computed")]
         return [self._node(reading) for reading in readings] or [self._opaque(node, "")]
 
     def _readings(self, node: ir.Node) -> list[Reading]:

@@ -270,6 +270,21 @@ def test_a_long_chain_of_constants(tmp_path: Path) -> None:
     fold_and_compare(file.save(tmp_path), tolerance=1e-4)
 
 
+OF_A_CONSTANT = ["Sin", "Softsign", "HardSwish", "Elu", "LeakyRelu", "Dropout", "Clip", "GlobalMaxPool", "MaxPool"]
+
+
+@pytest.mark.parametrize("op_type", OF_A_CONSTANT)
+def test_what_is_made_of_a_constant(op_type: str, tmp_path: Path) -> None:
+    """XCiT's positions are sines of constants. Few such operations are computed for a weight; all may stand there."""
+    file = plain()
+    options = {"kernel_shape": [1, 1]} if op_type == "MaxPool" else {}
+    made = file.node(op_type, file.random(1, 6, 8, 8), **options)
+    total = file.node("Add", "y", made, outputs=["z"])
+    file.norm(file.conv(total, 6, 6), 6, outputs=["u"])
+    file.output("u", "n", 6, 8, 8)
+    assert is_folded(file.save(tmp_path))
+
+
 @pytest.mark.parametrize("how", ["ConstantOfShape", "Expand", "Range", "Concat", "Tile"])
 def test_large_constants_are_not_made(how: str, tmp_path: Path) -> None:
     """`explain` computed what ConstantOfShape makes of two numbers: 60,000² in a file of a few bytes; here 5,000²."""
