@@ -71,10 +71,28 @@ def alive(collection: str, name: str) -> Network:
     from networks import enliven
 
     model, shape = build(collection, name)
+    wake_layer_scales(model)
     generator = torch.Generator().manual_seed(1)
     many = torch.randn(STATISTICS_FROM, *shape, generator=generator, dtype=torch.float64)
     other = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
     return Network(enliven(model, many), many[:2].clone(), other, shape)
+
+
+def wake_layer_scales(model: Any) -> list[str]:
+    """Give LayerScales values around one, and return their names: at 1e-6, as they start, branches are rounding noise.
+
+    They are told by what a training starts from: one small number for all channels.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    woken = []
+    for name, parameter in model.named_parameters():
+        first = float(parameter.detach().flatten()[0])
+        if parameter.numel() > 1 and 0 < abs(first) < 0.1 and bool((parameter == first).all()):
+            parameter.data.copy_(0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64))
+            woken.append(name)
+    return woken
 
 
 def smallest(model: Any, own: tuple[int, ...] = (3, 224, 224)) -> tuple[int, ...]:
