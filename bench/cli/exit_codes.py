@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from bench.errors import EXIT_NEGATIVE
+from bench.errors import EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_NEGATIVE
+from bench.results.derive import verdicts
+from bench.results.queries import noisy
 from bench.results.scenario import ScenarioResult
 from bench.results.schema import Result
 from bench.results.studies import Suite, Sweep
 
 
-def exit_code(result: Result) -> int:
-    """0, or 1 when a parity failed or a backend did not finish."""
+def exit_code(result: Result, noise_percent: float | None = None) -> int:
+    """0, 1 when a parity failed or a backend did not finish, or when a throughput scatters by more than
+    `noise_percent`; 130 when the run was interrupted.
+    """
+    if result.interrupted:
+        return EXIT_INTERRUPTED
     failed = any(subject.failure or (subject.parity and not subject.parity.passed) for subject in result.subjects)
-    return EXIT_NEGATIVE if failed else 0
+    return EXIT_NEGATIVE if failed or (noise_percent is not None and noisy(result, noise_percent)) else 0
+
+
+def comparison_exit_code(result: Result, threshold_percent: float, allow_inconclusive: bool) -> int:
+    """As `exit_code`; 1 when a bundle is slower than the first; 5 when something could not be decided."""
+    if code := exit_code(result):
+        return code
+    decisions = {decision for _, decision in verdicts(result, threshold_percent)}
+    if "slower" in decisions:
+        return EXIT_NEGATIVE
+    return EXIT_INCONCLUSIVE if "inconclusive" in decisions and not allow_inconclusive else 0
 
 
 def scenario_exit_code(result: ScenarioResult) -> int:

@@ -5,9 +5,10 @@ Knows neither the commands nor what they do. Imports nothing heavy: every `--hel
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,13 +20,18 @@ from bench.backends.registry import find_backend
 from bench.errors import EXIT_USAGE, BenchError
 
 if TYPE_CHECKING:
-    from bench.run.plan import Progress
+    from bench.results.schema import Row
+    from bench.run.plan import Listener, Progress
 
 
 DEFAULT_BUNDLE = Path("artifacts/bundles/article")
 RESULTS = Path("artifacts/results")
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_THRESHOLD_PERCENT = 5.0
+# A p99 scatters more than a median; the memory of a process differs by some percent between starts of the same one.
+DEFAULT_P99_PERCENT, DEFAULT_MEMORY_PERCENT, DEFAULT_SIZE_PERCENT = 20.0, 15.0, 5.0
+# Redrawing takes a millisecond and a half of one CPU, while a backend may be timed.
+DRAWN_PER_S = 1
 
 BackendOption = Annotated[
     list[str] | None,
@@ -38,7 +44,24 @@ BatchSizeOption = Annotated[
     list[int] | None,
     typer.Option("--batch-size", min=1, help="Images per call; repeat for more. Default: 1, 64 and 256."),
 ]
-BlockOption = Annotated[float, typer.Option("--block-ms", min=1, help="How long one timed block of calls lasts.")]
+BlockOption = Annotated[
+    float | None, typer.Option("--block-ms", min=1, help="How long one timed block of calls lasts. Default: 150.")
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="How often every backend is started anew. An interval that holds for the next process needs three.",
+    ),
+]
+TimeLimitOption = Annotated[
+    float | None, typer.Option("--time-limit", min=1, help="Seconds after which no process and no round begins.")
+]
+AllowInconclusiveOption = Annotated[
+    bool, typer.Option("--allow-inconclusive", help="Exit with 0 instead of 5 where nothing could be decided.")
+]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns, also where the window has no room for them.")]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Threads of each runtime's pool. Default: the CPUs this process may use."),
@@ -90,19 +113,58 @@ def command_line() -> str:
 
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
-    """A progress bar on a terminal, nothing elsewhere. It is redrawn between the turns only: a thread that draws would
-    cost CPU time while a backend is timed."""
+    """On a terminal a progress bar, elsewhere a line for each phase, both on stderr."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
     from bench.report.terminal.console import console
 
     out = console(stderr=True)
+    if not out.is_terminal:
+        yield _printed_phases()
+        return
     columns = (BarColumn(30), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Bar(*columns, console=out, auto_refresh=False, transient=True, disable=not out.is_terminal) as bar:
+    with Bar(*columns, console=out, refresh_per_second=DRAWN_PER_S, transient=True) as bar:
         task = bar.add_task("", total=1.0)
+        yield lambda what, done: bar.update(task, description=what, completed=done)
 
-        def show(what: str, done: float) -> None:
-            bar.update(task, description=what, completed=done, refresh=True)
 
-        yield show
+@contextmanager
+def shown_rows() -> Iterator[tuple[Progress, Listener]]:
+    """As `shown_progress`, with the rows that are known so far above the bar."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+    from rich.text import Text
+
+    from bench.report.columns import SO_FAR
+    from bench.report.terminal.console import console
+    from bench.report.terminal.table import table
+
+    out = console(stderr=True)
+    if not out.is_terminal:
+        yield _printed_phases(), lambda rows: None
+        return
+    bar = Bar(BarColumn(30), TimeElapsedColumn(), TextColumn("{task.description}"))
+    task = bar.add_task("", total=1.0)
+    with Live(bar, console=out, refresh_per_second=DRAWN_PER_S, transient=True) as live:
+
+        def listen(rows: Sequence[Row]) -> None:
+            live.update(Group(Text("so far:", style="dim"), table(SO_FAR, rows), bar))
+
+        yield lambda what, done: bar.update(task, description=what, completed=done), listen
+
+
+def _printed_phases() -> Progress:
+    """Prints what is being done, as far as its first comma or colon, where that changes."""
+    last = ""
+
+    def show(what: str, done: float) -> None:
+        nonlocal last
+        phase = re.split("[,:]", what, maxsplit=1)[0]
+        if phase != last:
+            print(phase, file=sys.stderr, flush=True)
+            last = phase
+
+    return show

@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from bench.cli.options import DEFAULT_THRESHOLD_PERCENT, DEFAULT_TIMEOUT_S, ThreadsOption, TimeoutOption
-from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, BenchError
+from bench.cli.options import (
+    DEFAULT_MEMORY_PERCENT,
+    DEFAULT_P99_PERCENT,
+    DEFAULT_SIZE_PERCENT,
+    DEFAULT_THRESHOLD_PERCENT,
+    DEFAULT_TIMEOUT_S,
+    AllowInconclusiveOption,
+    ThreadsOption,
+    TimeoutOption,
+    WideOption,
+)
+from bench.errors import EXIT_BAD_INPUT, EXIT_INCONCLUSIVE, EXIT_NEGATIVE, BenchError
 from bench.report.formats import ReportFormat, chosen_format
 
 
@@ -27,6 +37,7 @@ def report_command(
         ReportFormat | None,
         typer.Option("--format", help="html is one page that opens offline, and needs -o. Default: text."),
     ] = None,
+    wide: WideOption = False,
 ) -> None:
     """Show results again, every figure derived anew from its raw samples: as tables, or as one page with charts."""
     chosen = chosen_format(format_, out, results)
@@ -41,7 +52,7 @@ def report_command(
         write_whole(rendered(sources, chosen), out, "-o")
         print(f"report: {out}")
     elif chosen is ReportFormat.TEXT:
-        print_sources(sources)
+        print_sources(sources, wide=wide)
     else:
         print(rendered(sources, chosen), end="")
 
@@ -52,6 +63,16 @@ def compare_command(
     threshold: Annotated[
         float, typer.Option("--threshold", min=0, max=100, help="Percent that a backend may be slower than before.")
     ] = DEFAULT_THRESHOLD_PERCENT,
+    p99_threshold: Annotated[
+        float, typer.Option("--p99-threshold", min=0, help="Percent that a p99 may be later than before.")
+    ] = DEFAULT_P99_PERCENT,
+    memory_threshold: Annotated[
+        float, typer.Option("--memory-threshold", min=0, help="Percent that a process may hold more than before.")
+    ] = DEFAULT_MEMORY_PERCENT,
+    size_threshold: Annotated[
+        float, typer.Option("--size-threshold", min=0, help="Percent that a file may be larger than before.")
+    ] = DEFAULT_SIZE_PERCENT,
+    allow_inconclusive: AllowInconclusiveOption = False,
     allow_different_machine: Annotated[
         bool,
         typer.Option("--allow-different-machine", help="Compare although machine, threads or profile differ."),
@@ -59,11 +80,13 @@ def compare_command(
 ) -> None:
     """Compare two results of separate runs: weaker evidence than bench ab, for where both can't be had in one run.
 
-    Exit code 1 when a backend is slower, its whole interval below 1 - threshold, or did not finish any more.
+    Exit code 1 when a backend is slower, its whole interval below 1 - threshold; when one that was there is not, did
+    not finish, or is wrong; when a p99, the memory or a file grew by more than its threshold. 5 when nothing of that,
+    but some throughput could not be decided: it takes three processes in both results, and machines that weren't busy.
     """
     from bench.report.terminal.comparison import print_two_runs
     from bench.report.terminal.console import console
-    from bench.results.compare import compare, machine_differences, regressions
+    from bench.results.compare import Limits, compare, machine_differences
     from bench.results.load import read_result
 
     before, after = read_result(base), read_result(head)
@@ -74,9 +97,12 @@ def compare_command(
             "the same settings, or say --allow-different-machine.",
             EXIT_BAD_INPUT,
         )
-    comparison = compare(before, after)
-    print_two_runs(before, after, comparison, differences, threshold, console())
-    raise typer.Exit(EXIT_NEGATIVE if comparison.broken or regressions(comparison, threshold) else 0)
+    limits = Limits(threshold, p99_threshold, memory_threshold, size_threshold)
+    comparison = compare(before, after, limits)
+    print_two_runs(before, after, comparison, differences, limits, console())
+    if comparison.worse or comparison.slower:
+        raise typer.Exit(EXIT_NEGATIVE)
+    raise typer.Exit(EXIT_INCONCLUSIVE if comparison.inconclusive and not allow_inconclusive else 0)
 
 
 def doctor_command(threads: ThreadsOption = None) -> None:

@@ -6,6 +6,7 @@ subject with its result, a row with its subject, a ratio. Computes nothing: ever
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,8 +139,8 @@ def whole(value: int) -> str:
 
 
 def ratio_text(digits: str) -> Callable[[PairedRatio], str]:
-    """A ratio with its interval."""
-    return lambda ratio: ratio_words(ratio, digits)
+    """A ratio with its interval; for people nothing, where noise drowns it."""
+    return lambda ratio: NOTHING if ratio.drowned else ratio_words(ratio, digits)
 
 
 # -- a row -----------------------------------------------------------------------------------------------------------
@@ -157,6 +158,7 @@ def throughput(timing: Timing, name: str | None = None) -> Column[Measured]:
         of_row(lambda row: row.throughput(timing)),
         spread_words,
         fields={
+            "processes": lambda spread: spread.processes,
             "rounds": lambda spread: spread.n,
             "throughput_images_per_s": lambda spread: spread.median,
             "throughput_low_images_per_s": lambda spread: spread.low,
@@ -243,9 +245,14 @@ BACKEND: Column[Judged] = Column(
     "backend", lambda item: item.subject.label, looking("subject"), words=True, fields={"subject": itself}
 )
 BATCH: Column[Measured] = Column("batch", of_row(lambda row: row.batch_size), whole, fields={"batch_size": itself})
-STABLE: Column[Measured] = Column(
-    "verdict", of_row(lambda row: row.verdict), fields={"stable": lambda verdict: verdict == "stable"}
+SYSTEM: Column[Measured] = Column(
+    "% system",
+    of_row(lambda row: row.system_share_percent),
+    rounded(".0f"),
+    wide=True,
+    fields={"system_share_percent": itself},
 )
+"""The operating system's part of the CPU time, end to end."""
 GPU_P50: Column[Measured] = Column(
     "p50 ms by the GPU's clock",
     of_row(lambda row: row.gpu_latency_p50_ms),
@@ -361,17 +368,29 @@ HOST_MEMORY, GPU_MEMORY = memory("peak_memory_bytes", "host"), memory("peak_gpu_
 RUN: tuple[Column[Measured], ...] = (
     BACKEND,
     BATCH,
-    *(throughput(timing) for timing in TIMINGS),
-    *(percentile("end_to_end", percent, name=f"p{percent}, ms") for percent in (50, 90, 99)),
-    p99_at_most("end_to_end"),
-    STABLE,
+    replace(throughput("device_resident"), wide=True),
+    throughput("end_to_end"),
+    percentile("end_to_end", 50, name="p50, ms"),
+    replace(percentile("end_to_end", 90, name="p90, ms"), wide=True),
+    percentile("end_to_end", 99, name="p99, ms"),
+    replace(p99_at_most("end_to_end"), wide=True),
+    SYSTEM,
     PASSED,
-    TOP1,
-    FLIPS,
-    MAX_ERROR,
-    ratio("torch", "device_resident"),
+    *(replace(column, wide=True) for column in (TOP1, FLIPS, MAX_ERROR)),
+    replace(ratio("torch", "device_resident"), wide=True),
+    ratio("torch", "end_to_end"),
 )
 """A run in short, as a terminal has room for it."""
+SO_FAR: tuple[Column[Row], ...] = (
+    Column("backend", lambda row: row.subject, looking("subject"), words=True),
+    Column("batch", lambda row: row.batch_size, whole),
+    *(
+        Column(f"images/s, {TIMING_WORDS[timing]}", operator.methodcaller("throughput", timing), spread_words)
+        for timing in TIMINGS
+    ),
+    Column("p50, ms", lambda row: row.end_to_end_latency_ms.p50, milliseconds),
+)
+"""Rows while a run goes on: of no subject is all known."""
 SPEED: tuple[Column[Measured], ...] = (
     BACKEND,
     BATCH,
@@ -390,7 +409,7 @@ THROUGHPUTS: tuple[Column[Measured], ...] = (
     BATCH,
     *(throughput(timing) for timing in TIMINGS),
     *(ratio("torch", timing) for timing in TIMINGS),
-    STABLE,
+    SYSTEM,
 )
 LATENCIES: tuple[Column[Measured], ...] = (
     BACKEND,
@@ -606,7 +625,7 @@ LINES: tuple[Column[Measured], ...] = (
     BATCH,
     fact("timing", lambda item: None if item.row is None else item.timing),
     of_timing(throughput),
-    STABLE,
+    SYSTEM,
     *(column for percent in (50, 90, 99) for column in _percentile_facts(percent)),
     on_device(GPU_P50),
     of_timing(lambda timing: ratio("torch", timing)),

@@ -44,7 +44,7 @@ def _run(result: Result, raw_bytes_per_image: int) -> Iterator[str]:
     settings, leg = result.settings, suite_run_of(result)
     yield f"## {leg.words[0].upper()}{leg.words[1:]}"
     yield (
-        f"Threads: {settings.threads}; interleaved rounds: {rounds_words(result)}, each with blocks of "
+        f"Threads: {settings.threads}; {rounds_words(result)}, interleaved, each with blocks of "
         f"{settings.block_s * 1000:g} ms. "
         + " ".join(f"![{kind} by batch size]({figure_name(kind, leg)})" for kind in FIGURE_KINDS)
     )

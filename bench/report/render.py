@@ -10,7 +10,7 @@ from rich.console import Console
 from bench.report import columns, csv_table
 from bench.report.formats import ReportFormat
 from bench.report.pages import markdown_page, page
-from bench.report.terminal.console import MIN_WIDTH, console
+from bench.report.terminal.console import WIDE, console
 from bench.report.terminal.run import print_run
 from bench.results.load import Source
 
@@ -23,7 +23,7 @@ def rendered(sources: Sequence[Source], chosen: ReportFormat) -> str:
         return html_page(sources)
     if chosen is ReportFormat.TEXT:
         text = io.StringIO()
-        print_sources(sources, Console(file=text, width=MIN_WIDTH, highlight=False))
+        print_sources(sources, Console(file=text, width=WIDE, highlight=False))
         return text.getvalue()
     return markdown_page(sources) if chosen is ReportFormat.MARKDOWN else csv_lines(sources)
 
@@ -34,9 +34,9 @@ def csv_lines(sources: Sequence[Source]) -> str:
     return csv_table.table(columns.LINES, [line for name, result in named for line in columns.timed(result, name)])
 
 
-def print_sources(sources: Sequence[Source], out: Console | None = None) -> None:
+def print_sources(sources: Sequence[Source], out: Console | None = None, wide: bool = False) -> None:
     """The tables of each result, and of a suite its page in Markdown; on stdout where no console is given."""
-    target = out or console()
+    target = out or console(wide=wide)
     for source in sources:
         if len(sources) > 1:
             target.print(str(source.path), markup=False, style="bold")

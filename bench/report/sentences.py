@@ -126,9 +126,9 @@ def peaks(survey: Survey, raw_bytes_per_image: int | None) -> Iterator[str]:
             )
 
 
-def readings(pair: tuple[Reading, Reading]) -> Iterator[str]:
-    """The sensors before the first block and after the last."""
-    for when, reading in zip(("before", "after"), pair, strict=True):
+def readings(series: Sequence[Reading]) -> Iterator[str]:
+    """The sensors before the first round and after the last."""
+    for when, reading in (("before", series[0]), ("after", series[-1])):
         facts = [f"CPU at {number(reading.cpu_frequency_mhz, ',.0f')} MHz"]
         for gpu in reading.gpus:
             throttled = f", slowed down by: {', '.join(gpu.throttled_by)}" if gpu.throttled_by else ""

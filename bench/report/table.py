@@ -39,6 +39,7 @@ class Column(Generic[T]):
         text: the value as people read it: this decides how it is rounded.
         words: it holds words, the others figures.
         optional: left out where no item has a value.
+        wide: left out where there is no room for all.
         fields: the columns that programs read in its place, by their names, which say the unit.
     """
 
@@ -47,6 +48,7 @@ class Column(Generic[T]):
     text: Callable[[Any], str | Cell] = str
     words: bool = False
     optional: bool = False
+    wide: bool = False
     fields: Mapping[str, Callable[[Any], Scalar]] = field(default_factory=dict)
 
     def cell(self, item: T) -> Cell:

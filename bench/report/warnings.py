@@ -34,9 +34,14 @@ class Warned:
         return f"{self.seen}; {self.kind.value}"
 
 
-def of_load(machine: Environment, busy_percent_at_end: float) -> Iterator[Warned]:
-    """Whether something else kept the machine busy."""
-    busy = max(machine.cpu_busy_percent, busy_percent_at_end)
+def of_run(result: Result) -> Iterator[Warned]:
+    """Whether something else kept the machine busy during a run."""
+    yield from of_load(result.environment, max(result.cpu_busy_percents, default=0.0))
+
+
+def of_load(machine: Environment, busy_percent_after: float) -> Iterator[Warned]:
+    """Whether something else kept the machine busy, before or after."""
+    busy = max(machine.cpu_busy_percent, busy_percent_after)
     if busy > BUSY_PERCENT:
         yield Warned(Disturbance.BUSY, f"other processes used {busy:.0f} % of the CPUs while no backend ran")
 

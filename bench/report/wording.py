@@ -35,9 +35,18 @@ def ratio_words(ratio: PairedRatio | MedianRatio | None, digits: str) -> str:
 
 
 def rounds_words(result: Result) -> str:
-    """How many rounds were done, and of how many where the time limit came first."""
-    done, asked = len({sample.round for sample in result.samples}), result.settings.rounds
-    return str(done) if asked in (None, done) else f"{done} of {asked} (time limit)"
+    """How many rounds were done in how many processes, and of how many where the time limit came first."""
+    rounds: dict[int, set[int]] = {}
+    for sample in result.samples:
+        rounds.setdefault(sample.process, set()).add(sample.round)
+    asked, counts = result.settings, [len(done) for done in rounds.values()] or [0]
+    least, most = min(counts), max(counts)
+    each = f"{most}" if least == most else f"{least} to {most}"
+    short = asked.rounds is not None and least < asked.rounds
+    short = short or (asked.processes is not None and len(rounds) < asked.processes and bool(rounds))
+    ended = " (interrupted)" if result.interrupted else " (time limit)" if short else ""
+    processes = f"{len(rounds)} processes" if len(rounds) != 1 else "1 process"
+    return f"{processes} of {each} rounds{ended}"
 
 
 def number(value: float | None, digits: str) -> str:

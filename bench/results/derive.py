@@ -5,23 +5,27 @@ Owns which samples belong together. Knows neither clocks nor tables; the arithme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 
+from bench.machine.environment import BUSY_PERCENT
 from bench.results.roofline import Peak, Point, Survey, launch_seconds, place_row
 from bench.results.schema import Against, Percentiles, Ratio, Result, Row, Sample, SubjectResult
 from bench.results.statistics import (
-    PairedRatio,
+    CONFIDENCE,
+    MIN_PROCESSES_FOR_INTERVAL,
+    Decision,
+    decide,
     paired_ratio,
+    percentile_bound_ms,
     percentile_ms,
-    percentile_upper_bound_ms,
     settled,
-    shown_slower,
     spread,
     throughput,
 )
 from bench.results.terms import CONTROL_SUFFIX, LETTER_SIGN, TIMINGS, Timing, label_of
 
-CONFIRMED_ROUNDS = 20
+LOOK_CONFIDENCE = 0.999
 # NVIDIA's counter moves on some ten times a second: over so long a time it is right to a few percent.
 ENERGY_FROM_S = 2.0
 
@@ -37,9 +41,20 @@ def derived(result: Result) -> Result:
     return result.model_copy(update=again)
 
 
-def slower(ratios: Sequence[Ratio], threshold_percent: float) -> list[Ratio]:
-    """Those against the base that are shown to be slower."""
-    return [r for r in ratios if r.against == "base" and shown_slower(r.throughput_ratio, threshold_percent)]
+def verdicts(result: Result, threshold_percent: float) -> list[tuple[Ratio, Decision]]:
+    """What is decided of every ratio against the base.
+
+    An alarm needs a machine that was not busy with something else: there "slower" becomes "inconclusive".
+    """
+    judged = [(r, decide(r.throughput_ratio, threshold_percent)) for r in result.ratios if r.against == "base"]
+    if not was_busy(result):
+        return judged
+    return [(ratio, "inconclusive" if decision == "slower" else decision) for ratio, decision in judged]
+
+
+def was_busy(result: Result) -> bool:
+    """Whether other processes used the CPUs most of the times that this was looked at."""
+    return median((result.environment.cpu_busy_percent, *result.cpu_busy_percents)) > BUSY_PERCENT
 
 
 def rows(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Row, ...]:
@@ -55,9 +70,7 @@ def rows(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[
 
 
 def _row(samples: Sequence[Sample], subject: SubjectResult, batch_size: int) -> Row:
-    device, whole = (
-        spread(list(_throughputs(samples, subject.label, batch_size, timing).values())) for timing in TIMINGS
-    )
+    device, whole = (spread(by_process(throughputs(samples, subject.label, batch_size, timing))) for timing in TIMINGS)
     timer = subject.timer_overhead_ns
     return Row(
         subject=subject.label,
@@ -70,10 +83,17 @@ def _row(samples: Sequence[Sample], subject: SubjectResult, batch_size: int) -> 
             [duration for sample in samples if sample.batch_size == batch_size for duration in sample.gpu_durations_ns],
             50,
         ),
-        verdict="stable" if device.stable and whole.stable else "unstable",
+        system_share_percent=_system_share(samples, batch_size),
         timer_share_percent=None if timer is None else 100 * timer * 1e-9 * device.median / batch_size,
         energy_per_image_j=_energy_per_image(samples, batch_size),
     )
+
+
+def _system_share(samples: Sequence[Sample], batch_size: int) -> float | None:
+    """The operating system's part of the CPU time of one subject's end-to-end blocks; None where it wasn't counted."""
+    blocks = [sample for sample in samples if (sample.batch_size, sample.timing) == (batch_size, "end_to_end")]
+    total = sum(block.cpu_s or 0.0 for block in blocks)
+    return 100 * sum(block.system_s or 0.0 for block in blocks) / total if total else None
 
 
 def _energy_per_image(samples: Sequence[Sample], batch_size: int) -> dict[str, float]:
@@ -87,47 +107,65 @@ def _energy_per_image(samples: Sequence[Sample], batch_size: int) -> dict[str, f
 
 
 def enough(samples: Sequence[Sample]) -> bool:
-    """Whether every throughput is stable, or its interval has stopped shrinking: more rounds would tell little more."""
+    """Of one process: whether more rounds would tell little more of it. See `statistics.settled`."""
     keys = dict.fromkeys((sample.subject, sample.batch_size, sample.timing) for sample in samples)
-    return all(settled(list(_throughputs(samples, *key).values())) for key in keys)
+    return all(settled(list(throughputs(samples, *key).values())) for key in keys)
+
+
+def stable(samples: Sequence[Sample]) -> bool:
+    """Whether every throughput is known to within `statistics.STABLE_WITHIN_PERCENT`, for processes to come."""
+    keys = dict.fromkeys((sample.subject, sample.batch_size, sample.timing) for sample in samples)
+    spreads = [spread(by_process(throughputs(samples, *key))) for key in keys]
+    return all(found.stable and found.processes >= MIN_PROCESSES_FOR_INTERVAL for found in spreads)
 
 
 def decided(samples: Sequence[Sample], subjects: Sequence[SubjectResult], bound: float) -> bool:
     """Whether each ratio against the base lies, with its whole interval, on one side of `bound`.
 
-    Below it only after `CONFIRMED_ROUNDS`: a disturbance that lasts a few rounds must not look like a slower bundle.
+    With an interval that holds 99.9 %, since this is asked after every process: so many looks at 95 % would find by
+    chance what isn't there. The verdict after the last of them is that of the 95 % interval.
     """
-
-    def on_one_side(ratio: PairedRatio) -> bool:
-        if ratio.low is None or ratio.high is None:
-            return False
-        return ratio.low > bound or (ratio.high < bound and ratio.rounds >= CONFIRMED_ROUNDS)
-
-    return all(on_one_side(ratio.throughput_ratio) for ratio in ratios(samples, subjects) if ratio.against == "base")
+    against_base = [ratio for ratio in ratios(samples, subjects, LOOK_CONFIDENCE) if ratio.against == "base"]
+    percent = 100 * (1 - bound)
+    return all(decide(ratio.throughput_ratio, percent) != "inconclusive" for ratio in against_base)
 
 
-def _throughputs(samples: Sequence[Sample], subject: str, batch_size: int, timing: Timing) -> dict[int, float]:
-    """Round → images per second."""
+def throughputs(
+    samples: Sequence[Sample], subject: str, batch_size: int, timing: Timing
+) -> dict[tuple[int, int], float]:
+    """Process and round → images per second, in the order of both."""
     return {
-        sample.round: throughput(batch_size, sample.durations_ns)
+        (sample.process, sample.round): throughput(batch_size, sample.durations_ns)
         for sample in samples
         if (sample.subject, sample.batch_size, sample.timing) == (subject, batch_size, timing)
     }
+
+
+def by_process(values: Mapping[tuple[int, int], float]) -> list[list[float]]:
+    """The values of each process, in the order of its rounds."""
+    grouped: dict[int, list[float]] = {}
+    for (process, _), value in values.items():
+        grouped.setdefault(process, []).append(value)
+    return list(grouped.values())
+
+
+def durations(samples: Sequence[Sample], subject: str, batch_size: int, timing: Timing) -> dict[int, list[int]]:
+    """Process → how long its calls took, in ns, all rounds together."""
+    calls: dict[int, list[int]] = {}
+    for sample in samples:
+        if (sample.subject, sample.batch_size, sample.timing) == (subject, batch_size, timing):
+            calls.setdefault(sample.process, []).extend(sample.durations_ns)
+    return calls
 
 
 def _percentiles(samples: Sequence[Sample], subject: str, batch_size: int, timing: Timing) -> Percentiles:
-    """Over all calls of all rounds at once: percentiles are never averaged."""
-    durations = [
-        duration
-        for sample in samples
-        if (sample.subject, sample.batch_size, sample.timing) == (subject, batch_size, timing)
-        for duration in sample.durations_ns
-    ]
-    values = {
-        f"p{percent}{suffix}": function(durations, percent)
-        for percent in (50, 90, 99)
-        for suffix, function in (("", percentile_ms), ("_upper", percentile_upper_bound_ms))
-    }
+    """Over all calls of all rounds and processes at once: percentiles are never averaged."""
+    calls = list(durations(samples, subject, batch_size, timing).values())
+    every = [duration for process in calls for duration in process]
+    values: dict[str, float | None] = {}
+    for percent in (50, 90, 99):
+        values[f"p{percent}"] = percentile_ms(every, percent)
+        values[f"p{percent}_upper"] = percentile_bound_ms(calls, percent)
     return Percentiles(**values)
 
 
@@ -152,7 +190,9 @@ def roofline(rows: Sequence[Row], subjects: Sequence[SubjectResult], surveyed: S
     return tuple(points)
 
 
-def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Ratio, ...]:
+def ratios(
+    samples: Sequence[Sample], subjects: Sequence[SubjectResult], confidence: float = CONFIDENCE
+) -> tuple[Ratio, ...]:
     """Every subject against torch on its device, with the same bundle; every folded file against its unfolded control;
     and, in a run of several bundles, each against the first on the same backend.
     """
@@ -172,11 +212,12 @@ def ratios(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tupl
     for against, numerator, denominator in pairs:
         for batch_size in sorted({sample.batch_size for sample in samples}):
             for timing in TIMINGS:
-                above = _throughputs(samples, numerator, batch_size, timing)
-                below = _throughputs(samples, denominator, batch_size, timing)
+                above = throughputs(samples, numerator, batch_size, timing)
+                below = throughputs(samples, denominator, batch_size, timing)
                 shared = sorted(above.keys() & below.keys())
                 if shared:
-                    ratio = paired_ratio([above[r] for r in shared], [below[r] for r in shared])
+                    both = [by_process({key: side[key] for key in shared}) for side in (above, below)]
+                    ratio = paired_ratio(both[0], both[1], confidence)
                     made.append(
                         Ratio(
                             against=against,

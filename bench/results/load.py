@@ -75,7 +75,18 @@ def result_of(fields: dict[str, Any], path: Path) -> Result:
     }
     if (kind := fields.get("kind")) in others:
         raise BenchError(f"{path} {others[kind]}. {REMEDY}", EXIT_BAD_INPUT)
-    return validated(Result, fields, SCHEMA_VERSION, path)
+    return validated(Result, migrated(fields), SCHEMA_VERSION, path)
+
+
+def migrated(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a result of version 2 is in version 3: one process, of which no CPU time was counted."""
+    if fields.get("schema_version") != 2:
+        return fields
+    new = {**fields, "schema_version": 3, "rows": [], "ratios": []}  # both are derived anew
+    new["cpu_busy_percents"] = [new.pop("cpu_busy_percent_at_end", 0.0)]
+    if isinstance(settings := fields.get("settings"), dict):
+        new["settings"] = {"processes": 1, **settings}
+    return new
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def validated(model: type[M], fields: dict[str, Any], version: int, path: Path) 
 
 def suite_of(fields: dict[str, Any], path: Path) -> Suite:
     """The suite in what `bench.results.load.read_fields` found at `path`. Raises BenchError (bad input)."""
-    return validated(Suite, fields, SUITE_VERSION, path)
+    return validated(Suite, _with_migrated_runs(fields), SUITE_VERSION, path)
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -134,4 +145,11 @@ def read_sweep(path: Path) -> Sweep:
 
 def sweep_of(fields: dict[str, Any], path: Path) -> Sweep:
     """The sweep in what `bench.results.load.read_fields` found at `path`. Raises BenchError (bad input)."""
-    return validated(Sweep, fields, SWEEP_VERSION, path)
+    return validated(Sweep, _with_migrated_runs(fields), SWEEP_VERSION, path)
+
+
+def _with_migrated_runs(fields: dict[str, Any]) -> dict[str, Any]:
+    runs = fields.get("runs")
+    if not isinstance(runs, list):
+        return fields
+    return {**fields, "runs": [migrated(run) if isinstance(run, dict) else run for run in runs]}

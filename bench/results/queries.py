@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.results.schema import Result, Row, SubjectResult
+from bench.results.terms import TIMINGS, Timing
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ def champion(results: Iterable[Result]) -> Champion | None:
 
 def _images_per_s(row: Row) -> float:
     return row.end_to_end_throughput_images_per_s.median
+
+
+def noisy(result: Result, percent: float) -> list[tuple[Row, Timing]]:
+    """The throughputs of what finished and computes whose interval reaches further than that, or that have none."""
+    computing = {subject.label for subject in result.subjects if subject.computes}
+    rows = [row for row in finished_rows(result) if row.subject in computing]
+    half_widths = [(row, timing, row.throughput(timing).half_width_percent) for row in rows for timing in TIMINGS]
+    return [(row, timing) for row, timing, width in half_widths if width is None or width > percent]
 
 
 def subject_of(result: Result, label: str) -> SubjectResult:

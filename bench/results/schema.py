@@ -20,7 +20,7 @@ from bench.results.statistics import PairedRatio, Spread
 from bench.results.terms import FailureKind, Timing
 from export.bundle import FoldReport
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 
 
 class Frozen(BaseModel):
@@ -62,9 +62,10 @@ class Failure(Frozen):
 
 
 class WarmUpFacts(Frozen):
-    """What was run before the first timed block. `settled` is False where the calls were still not alike."""
+    """What a process ran before its first timed block. `settled` is False where the calls were still not alike."""
 
     batch_size: int
+    process: int = 0
     calls: int
     seconds: float
     settled: bool
@@ -105,14 +106,17 @@ class SubjectResult(Frozen):
 class Sample(Frozen):
     """A timed block: calls timed one after the other without a pause, each on `batch_size` images.
 
-    `position` is the place of the block's turn within its round; `quiet_after_s` is how long the runtime's threads kept
-    using the CPU after the turn, which the next turn waited for. `energy_j` is what the machine's counters counted
-    during the block, everything that ran included. `gpu_durations_ns` are some further calls, timed by the GPU's own
-    clock; empty for end-to-end blocks and where there is no GPU. `cpus` are those that the turn was kept to, if any.
+    `round` counts within its `process`; `position` is the place of the block's turn within its round; `quiet_after_s`
+    is how long the runtime's threads kept using the CPU after the turn, which the next turn waited for. `energy_j` is
+    what the machine's counters counted during the block, everything that ran included. `gpu_durations_ns` are some
+    further calls, timed by the GPU's own clock; empty for end-to-end blocks and where there is no GPU. `cpus` are those
+    that the turn was kept to, if any. `cpu_s` is the CPU time that its process used during the block, and `system_s`
+    how much of that the operating system did for it; None where they were not counted.
     """
 
     subject: str
     batch_size: int
+    process: int = 0
     round: int
     position: int
     timing: Timing
@@ -123,6 +127,8 @@ class Sample(Frozen):
     gpu_durations_ns: tuple[int, ...] = ()
     cpus: tuple[int, ...] | None = None
     quiet_after_s: float
+    cpu_s: float | None = None
+    system_s: float | None = None
 
 
 class Percentiles(Frozen):
@@ -142,7 +148,8 @@ class Percentiles(Frozen):
 class Row(Frozen):
     """What was found for a subject at a batch size. Throughputs are those of the rounds' blocks.
 
-    `verdict` is stable where both medians are known to within 1 %. `timer_share_percent` is how much of a call on the
+    `system_share_percent` is the part of its CPU time, end to end, that the operating system took: mapping memory,
+    above all; None where it was not counted. `timer_share_percent` is how much of a call on the
     device is the clock's own. `gpu_latency_p50_ms` is the median of the device-resident calls that the GPU's clock
     timed: what is missing to the host's median is the time to launch and to notice the end. `energy_per_image_j` is by
     counter, and empty where the machine has none.
@@ -155,7 +162,7 @@ class Row(Frozen):
     device_resident_latency_ms: Percentiles
     end_to_end_latency_ms: Percentiles
     gpu_latency_p50_ms: float | None = None
-    verdict: Literal["stable", "unstable"]
+    system_share_percent: float | None = None
     timer_share_percent: float | None
     energy_per_image_j: dict[str, float]
 
@@ -201,13 +208,14 @@ class Skipped(Frozen):
 
 
 class Settings(Frozen):
-    """What the run was asked for. Fewer rounds than `rounds` were done where `time_limit_s` was reached before; where
-    it is None, rounds went on until they told nothing new, or until that limit.
+    """What the run was asked for. There were fewer `processes`, with fewer `rounds` in each, where `time_limit_s` was
+    reached before; where they are None, they went on until more would tell nothing new, or until that limit.
     """
 
     profile: Profile
     threads: int
     batch_sizes: tuple[int, ...]
+    processes: int | None
     rounds: int | None
     time_limit_s: float | None
     block_s: float
@@ -218,18 +226,20 @@ class Result(Frozen):
     """The whole file. `rows` and `ratios` can be derived again from `samples`.
 
     `survey` is what `roofline` compares the rows with; None where it was not made. `readings` are the machine's clocks,
-    temperatures and power before the first block and after the last. `command` is the command line that made it.
+    temperatures and power before the first round and after each. `cpu_busy_percents` is the share
+    of the CPUs that others used after each process. `interrupted`: somebody ended it before it was done. `command` is
+    the command line that made it.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     started_at: datetime
     finished_at: datetime
     load_1min_at_end: float | None
-    cpu_busy_percent_at_end: float
+    cpu_busy_percents: tuple[float, ...]
     settings: Settings
     bundles: tuple[BundleFacts, ...]
     environment: Environment
-    readings: tuple[Reading, Reading]
+    readings: tuple[Reading, ...]
     subjects: tuple[SubjectResult, ...]
     skipped: tuple[Skipped, ...]
     samples: tuple[Sample, ...]
@@ -238,3 +248,4 @@ class Result(Frozen):
     roofline: tuple[Point, ...]
     ratios: tuple[Ratio, ...]
     command: str | None = None
+    interrupted: bool = False

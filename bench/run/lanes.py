@@ -1,4 +1,4 @@
-"""A worker process for each subject of a plan, and what is known of it so far.
+"""A worker process for each subject of a plan, one after another, and what is known of it so far.
 
 Owns starting and ending them, what becomes of one that fails, and what a lane leaves in the result. Knows neither the
 order in which they are asked nor what for.
@@ -7,7 +7,7 @@ order in which they are asked nor what for.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, BenchError
 from bench.machine.environment import Environment, describe
 from bench.results.parity import Bisection, ParityVerdict
 from bench.results.schema import BundleFacts, Failure, FileFacts, Skipped, SubjectResult, WarmUpFacts
-from bench.run.plan import Plan, Progress, Subject, lettered, opened, select
+from bench.run.plan import Plan, Subject, lettered, opened, select
 from bench.worker.messages import BadBundle, Close, Job, Loaded, Misplaced, Request, Unavailable
 from bench.worker.process import R, Worker, WorkerFailure
 
@@ -26,14 +26,15 @@ STRAY_NODES_SHOWN = 5
 
 
 class Lane:
-    """A subject's worker and what is known of it so far.
+    """A subject's worker, one process after another, and what is known of it so far.
 
-    `parity` and `warm_ups` are filled by who proves and measures; `failure` says why it takes no further part.
+    `parity`, `warm_ups` and the memory are filled by who proves and measures; `failure` says why it takes no further
+    part.
     """
 
-    def __init__(self, subject: Subject, worker: Worker) -> None:
+    def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.worker = worker
+        self._worker: Worker | None = None
         self.placement: Placement | None = None
         self.settings: dict[str, Setting] = {}
         self.timer_overhead_ns: float | None = None
@@ -43,6 +44,30 @@ class Lane:
         self.parity: ParityVerdict | None = None
         self.bisection: Bisection | None = None
         self.failure: Failure | None = None
+
+    @property
+    def worker(self) -> Worker:
+        """The process that runs now."""
+        if self._worker is None:
+            raise RuntimeError(f"no process of {self.subject.label} was started")
+        return self._worker
+
+    def start(self, timeout_s: float, log_folder: Path) -> None:
+        """Start a process, which begins to load at once."""
+        subject = self.subject
+        job = Job(subject.label, registered()[subject.backend.name], subject.bundle.path, subject.options)
+        self._worker = Worker(job, timeout_s, log_folder)
+
+    def close(self) -> None:
+        """Tell the process to end."""
+        if self.failure is None:
+            self.worker.send(Close())
+
+    def end(self) -> None:
+        """End the process, if there is one: after `close` wait for it a little, else at once."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
 
     def ask(self, request: Request, expected: type[R]) -> R | None:
         """The worker's answer, or None when it failed now: then this lane takes no further part."""
@@ -59,7 +84,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Ready:
-    """What measuring starts from: the bundles, the machine before anything ran, and a loaded worker for each subject.
+    """What measuring starts from: the bundles, the machine before anything ran, and a lane for each subject.
 
     `skipped` are the backends that nobody named and that can't run here.
     """
@@ -67,34 +92,51 @@ class Ready:
     bundles: tuple[BundleFacts, ...]
     environment: Environment
     lanes: list[Lane]
-    skipped: tuple[Skipped, ...]
+    skipped: list[Skipped]
+
+
+def lanes_of(plan: Plan) -> Ready:
+    """Check the bundles of `plan` and choose the subjects; starts nothing.
+
+    Raises BenchError: an unknown backend, a bad bundle.
+    """
+    paths = plan.selection.bundles
+    # Resolved once: a new export swaps the folder behind a link, and all of a run must see the same bundle.
+    bundles = lettered([opened(path) for path in paths])
+    subjects, skipped = select(bundles, plan)
+    facts = tuple(
+        BundleFacts(
+            letter=letter, path=str(path), name=bundle.manifest.name, digest=bundle.digest, fold=bundle.manifest.fold
+        )
+        for path, (letter, bundle) in zip(paths, bundles, strict=True)
+    )
+    return Ready(facts, describe(), [Lane(subject) for subject in subjects], skipped)
 
 
 @contextmanager
-def loaded(plan: Plan, progress: Progress) -> Iterator[Ready]:
-    """Check the bundles of `plan`, choose the subjects, load each in a worker; however this ends, no worker is left.
+def loaded(ready: Ready, plan: Plan, *, again: bool = False) -> Iterator[list[Lane]]:
+    """Every lane that has not failed, its subject loaded in a process of its own; however this ends, none is left.
 
-    Raises BenchError: an unknown or unavailable backend, a bad bundle, a row that would lie.
+    All load at the same time: nothing is measured yet. Those that can't run here leave `ready`, if nobody asked for
+    them. `again`: they could before, so one that fails now is a finding.
+
+    Raises BenchError: an unavailable backend, a bad bundle, a row that would lie.
     """
-    progress("checking the bundle", 0.0)
-    # Resolved once: a new export swaps the folder behind a link, and all of a run must see the same bundle.
-    bundles = lettered([opened(path) for path in plan.bundles])
-    subjects, skipped = select(bundles, plan)
-    environment = describe()
-    progress("starting the backends", 0.01)
-    with _workers(plan, subjects) as lanes:
-        skipped += _load(lanes, asked=plan.backends is not None)
-        facts = tuple(
-            BundleFacts(
-                letter=letter,
-                path=str(path),
-                name=bundle.manifest.name,
-                digest=bundle.digest,
-                fold=bundle.manifest.fold,
-            )
-            for path, (letter, bundle) in zip(plan.bundles, bundles, strict=True)
-        )
-        yield Ready(facts, environment, lanes, tuple(skipped))
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        lanes = [lane for lane in ready.lanes if lane.failure is None]
+        try:
+            for lane in lanes:
+                lane.start(plan.timeout_s, Path(folder))
+            ready.skipped.extend(_load(lanes, asked=plan.selection.backends is not None and not again))
+            ready.lanes[:] = [lane for lane in ready.lanes if lane in lanes or lane.failure is not None]
+            yield lanes
+            for lane in lanes:
+                lane.close()
+            for lane in lanes:
+                lane.worker.join()
+        finally:
+            for lane in lanes:
+                lane.end()
 
 
 def subject_result(lane: Lane) -> SubjectResult:
@@ -128,28 +170,6 @@ def subject_result(lane: Lane) -> SubjectResult:
         bisection=lane.bisection,
         failure=lane.failure,
     )
-
-
-@contextmanager
-def _workers(plan: Plan, subjects: Sequence[Subject]) -> Iterator[list[Lane]]:
-    """A started worker for each subject. All load at the same time: nothing is measured yet. However this ends, none is
-    left.
-    """
-    lanes: list[Lane] = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        try:
-            for subject in subjects:
-                job = Job(subject.label, registered()[subject.backend.name], subject.bundle.path, subject.options)
-                lanes.append(Lane(subject, Worker(job, plan.timeout_s, Path(folder))))
-            yield lanes
-            for lane in lanes:
-                if lane.failure is None:
-                    lane.worker.send(Close())
-            for lane in lanes:
-                lane.worker.join()
-        finally:
-            for lane in lanes:
-                lane.worker.kill()
 
 
 def _load(lanes: list[Lane], asked: bool) -> list[Skipped]:
@@ -186,7 +206,7 @@ def _load(lanes: list[Lane], asked: bool) -> list[Skipped]:
             else:
                 skipped.append(Skipped(backend=label, reason=reply.reason))
                 lanes.remove(lane)
-                lane.worker.kill()
+                lane.end()
         elif isinstance(reply, BadBundle):
             raise BenchError(reply.message, EXIT_BAD_INPUT)
     if not lanes:

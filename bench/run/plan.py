@@ -15,12 +15,14 @@ from typing import Literal
 from bench.backends.contract import Backend, Device, Options, Profile, file_of
 from bench.backends.registry import find_backend, registered
 from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
-from bench.results.schema import Skipped
+from bench.results.schema import Row, Skipped
 from bench.results.terms import CONTROL_SUFFIX, label_of
 from export.bundle import FLOAT32, VARIANTS, Bundle, BundleError, FileEntry
 
 Progress = Callable[[str, float], None]
 """Told what is being done and the share of the run that is done (0 to 1)."""
+Listener = Callable[[Sequence[Row]], None]
+"""Told the rows that are known so far."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to run: with nothing else said, the parity alone.
+class Selection:
+    """What to run, of what there is.
 
     Attributes:
         bundles: what to run, in the same rounds; the first is what the others are compared with.
@@ -45,34 +47,60 @@ class Plan:
             named them: one that can't run, or can't load its file, is a finding and not the end of the run.
         device: where no backend is named, only those on this device; None is all of them.
         control: the backends that also run the first bundle's unfolded file, if they run its folded one.
-        rounds: how often every backend gets its turn at every batch size; 0 measures nothing and leaves the parity.
-            None: until more rounds would tell little more (see `bench.results.derive.enough`), at most `MAX_ROUNDS`.
-        bound: where it is given, and `rounds` isn't, rounds go on until every ratio against the first bundle lies on
-            one side of it with its whole interval.
-        survey: also measure the machine's peaks, for the roofline (some seconds).
-        time_limit_s: no further round begins when the run has taken this long; None is no limit.
-        block_s: how long one timed block lasts, in seconds.
-        timeout_s: how long a worker may take for one answer.
-        command: the command line, for the result.
-        bisect: after which verdicts on an ONNX backend to look for the first node that diverges.
+        reference: where no backend is named, whether eager torch, with which the others are compared, runs too.
     """
 
     bundles: tuple[Path, ...]
-    backends: tuple[str, ...] | None
+    backends: tuple[str, ...] | None = None
+    variants: tuple[str, ...] = (FLOAT32,)
+    choices: tuple[Choice, ...] | None = None
+    device: Device | None = None
+    control: tuple[str, ...] = ()
+    reference: bool = True
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How everybody is measured: in rounds, nested in processes.
+
+    Attributes:
+        batch_sizes: images of a call, each for itself.
+        block_s: how long one timed block lasts, in seconds.
+        count: how often everybody gets their turn at every batch size, in each process. None: until more rounds would
+            tell little more (see `bench.results.derive.enough`), or the process's share of the time is over.
+        processes: how often everybody is started anew. None: until the time is over, or `bound` is decided.
+        bound: with `processes` None, processes go on until every ratio against the first bundle lies on one side of it
+            with its whole interval.
+        time_limit_s: no further process or round begins when the run has taken this long; None is no limit.
+    """
+
+    batch_sizes: tuple[int, ...]
+    block_s: float
+    count: int | None = None
+    processes: int | None = 1
+    bound: float | None = None
+    time_limit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run: with nothing else said, the parity alone.
+
+    Attributes:
+        timeout_s: how long a worker may take for one answer.
+        rounds: how to measure; None leaves the parity.
+        survey: also measure the machine's peaks, for the roofline (some seconds).
+        bisect: after which verdicts on an ONNX backend to look for the first node that diverges.
+        command: the command line, for the result.
+    """
+
+    selection: Selection
     threads: int
     profile: Profile
     timeout_s: float
-    control: tuple[str, ...] = ()
-    batch_sizes: tuple[int, ...] = ()
-    rounds: int | None = 0
-    bound: float | None = None
+    rounds: Rounds | None = None
     survey: bool = False
-    time_limit_s: float | None = None
-    block_s: float = 0.0
     bisect: Literal["never", "failed", "always"] = "never"
-    device: Device | None = None
-    variants: tuple[str, ...] = (FLOAT32,)
-    choices: tuple[Choice, ...] | None = None
     command: str | None = None
 
 
@@ -111,7 +139,8 @@ def lettered(bundles: list[Bundle]) -> list[tuple[str | None, Bundle]]:
 
 def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[Subject], list[Skipped]]:
     """The subjects of a run, and the backends that nobody named and a bundle has no file for. Raises BenchError."""
-    choices = plan.choices or _choices(plan)
+    selection = plan.selection
+    choices = selection.choices or _choices(selection)
     subjects: list[Subject] = []
     skipped: list[Skipped] = []
     for (name, chosen), (letter, bundle) in itertools.product(_by_backend(choices).items(), bundles):
@@ -129,15 +158,15 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
                 f"the bundle at {bundle.path} has no {' or '.join(backend.formats)} file ({wanted}). Export it again: "
                 "python -m export --help says which options make one."
             )
-            if plan.backends is not None:
+            if selection.backends is not None:
                 raise BenchError(f"{name}: {reason}", EXIT_BAD_INPUT)
             skipped.append(Skipped(backend=name, reason=reason))
         subjects += made
-        control = _control(made, plan) if name in plan.control and first else None
+        control = _control(made, plan) if name in selection.control and first else None
         if control is not None:
             subjects.append(control)
-    _require_variants(plan, subjects)
-    if plan.control and not any(subject.control for subject in subjects):
+    _require_variants(selection, subjects)
+    if selection.control and not any(subject.control for subject in subjects):
         names = ", ".join(_by_backend(choices))
         raise BenchError(
             f"--control measures a folded file against its unfolded one, but none of the chosen backends ({names}) "
@@ -153,15 +182,17 @@ def check_variants(variants: Sequence[str]) -> None:
         raise BenchError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}.", EXIT_USAGE)
 
 
-def _choices(plan: Plan) -> tuple[Choice, ...]:
+def _choices(selection: Selection) -> tuple[Choice, ...]:
     """Every backend that was named, or that runs without being named, with every variant."""
-    check_variants(plan.variants)
-    names = plan.backends or tuple(name for name in registered() if _runs_unasked(find_backend(name), plan.device))
-    return tuple(Choice(name, variant) for name in names for variant in plan.variants)
+    check_variants(selection.variants)
+    unasked = (name for name in registered() if _runs_unasked(find_backend(name), selection))
+    return tuple(Choice(name, variant) for name in selection.backends or unasked for variant in selection.variants)
 
 
-def _runs_unasked(backend: Backend, device: Device | None) -> bool:
-    return not backend.on_request and device in (None, backend.device)
+def _runs_unasked(backend: Backend, selection: Selection) -> bool:
+    if backend.on_request or selection.device not in (None, backend.device):
+        return False
+    return selection.reference or not backend.reference
 
 
 def _by_backend(choices: Sequence[Choice]) -> dict[str, list[Choice]]:
@@ -198,11 +229,11 @@ def _control(made: Sequence[Subject], plan: Plan) -> Subject | None:
     return None
 
 
-def _require_variants(plan: Plan, subjects: Sequence[Subject]) -> None:
+def _require_variants(selection: Selection, subjects: Sequence[Subject]) -> None:
     """Raises BenchError (bad input) for a variant that was asked for and that no backend has a file of."""
     have = {subject.options.variant for subject in subjects}
-    missing = [variant for variant in plan.variants if variant not in have]
-    if missing and plan.choices is None and plan.variants != (FLOAT32,):
+    missing = [variant for variant in selection.variants if variant not in have]
+    if missing and selection.choices is None and selection.variants != (FLOAT32,):
         raise BenchError(
             f"no backend that was chosen has a {missing[0]} file in this bundle. Export it again with --variant "
             f"{missing[0]}, or name a backend that runs such files with --backend.",

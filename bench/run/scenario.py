@@ -21,7 +21,7 @@ from bench.errors import EXIT_UNAVAILABLE, BenchError
 from bench.machine.environment import cpu_busy_percent, load_1min
 from bench.results.scenario import LoadGenLatency, LoadGenRun, ScenarioResult, ScenarioRow, ScenarioSettings
 from bench.results.terms import Scenario
-from bench.run.lanes import Lane, loaded, subject_result
+from bench.run.lanes import Lane, lanes_of, loaded, subject_result
 from bench.run.plan import Plan, Progress
 from bench.run.rounds import verdict_of
 from bench.worker.loadgen import (
@@ -41,6 +41,8 @@ from bench.worker.process import WorkerFailure
 
 # The search for the highest rate ends when the rate that held and the one that didn't are this close.
 RATE_PRECISION = 1.05
+# To see how long a call takes, before LoadGen is told how many to expect.
+PROBE_S = 0.15
 # It starts at this share of the rate at which calls follow each other without a pause, where waiting is short. It gives
 # up at the other, where a query hardly ever meets another: what doesn't hold there doesn't hold.
 FIRST_SHARE, LAST_SHARE = 1 / 2, 1 / 16
@@ -66,7 +68,7 @@ def run_scenario(plan: Plan, request: ScenarioRequest, target: Path, progress: P
     """Put every backend of `plan` under the load, one after the other, and return what was found.
 
     LoadGen's logs are kept beside `target`, the file that the result will be written to (see `log_folder`), replacing
-    those of an earlier run. The rounds and batch sizes of `plan` mean nothing here.
+    those of an earlier run. The rounds of `plan` mean nothing here.
 
     Raises BenchError where nothing was measured: LoadGen is not installed, an unknown or unavailable backend, a bad
     bundle, a row that would lie.
@@ -76,8 +78,9 @@ def run_scenario(plan: Plan, request: ScenarioRequest, target: Path, progress: P
     rows: list[ScenarioRow] = []
     version = None
     target.parent.mkdir(parents=True, exist_ok=True)
+    ready = lanes_of(plan)
     with (
-        loaded(plan, progress) as ready,
+        loaded(ready, plan),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch,
     ):
         for place, lane in enumerate(ready.lanes):
@@ -115,7 +118,7 @@ def run_scenario(plan: Plan, request: ScenarioRequest, target: Path, progress: P
         bundles=ready.bundles,
         environment=ready.environment,
         rows=tuple(rows),
-        skipped=ready.skipped,
+        skipped=tuple(ready.skipped),
     )
 
 
@@ -202,7 +205,7 @@ class _Test:
         self._show("warming up")
         size = self._request.images_per_call
         self._lane.worker.ask(Prepare(size), Prepared)
-        measured = self._lane.worker.ask(Measure(size, self._plan.block_s), Measured)
+        measured = self._lane.worker.ask(Measure(size, PROBE_S), Measured)
         durations = [d for block in measured.blocks if block.timing == "end_to_end" for d in block.durations_ns]
         return min(durations) * 1e-9, median(durations) * 1e-9
 

@@ -21,7 +21,7 @@ from bench.machine import sensors
 from bench.machine.doctor import examine
 from bench.results.schema import Result
 from bench.results.studies import SUITE_VERSION, LeftOut, Suite, SuiteDevice, SuiteRun
-from bench.run.plan import Plan, Progress, opened, select
+from bench.run.plan import Plan, Progress, Rounds, Selection, opened, select
 from bench.run.rounds import run
 
 # A call on the GPU gains from every image until thousands are in it; on a CPU the caches are full before that.
@@ -32,6 +32,8 @@ BATCH_SIZES: dict[SuiteDevice, tuple[int, ...]] = {
 # Each run's part of the time. On the GPU there are more backends, controls and batch sizes; but starting the processes,
 # parity and warming up took a minute of a run there, and 35 s of the CPU's (H100 machine, 16 cores).
 SHARES: dict[SuiteDevice, float] = {"cuda": 1.5, "cpu": 1.0}
+# What an interval needs. Of seven backends with their controls, each takes half a minute to start and to warm up.
+PROCESSES = 3
 NO_GPU = "this machine has no NVIDIA GPU that its driver shows, so that no CUDA backend can run"
 FAST_ON_CPU = "the fast profile changes nothing there: TF32 is arithmetic of NVIDIA GPUs"
 NOT_REACHED = "the suite was ended before its turn came"
@@ -121,17 +123,21 @@ def absent(backends: Sequence[str], gpu: bool) -> list[LeftOut]:
 def _plan(request: SuiteRequest, part: SuiteRun, seconds: float) -> Plan:
     return _with_control(
         Plan(
-            bundles=(request.bundle,),
-            backends=tuple(name for name in request.backends if find_backend(name).device == part.device) or None,
-            device=part.device,
+            selection=Selection(
+                bundles=(request.bundle,),
+                backends=tuple(name for name in request.backends if find_backend(name).device == part.device) or None,
+                device=part.device,
+            ),
             threads=request.threads,
             profile=part.profile,
             timeout_s=request.timeout_s,
-            batch_sizes=request.batch_sizes or BATCH_SIZES[part.device],
-            rounds=None,
+            rounds=Rounds(
+                batch_sizes=request.batch_sizes or BATCH_SIZES[part.device],
+                block_s=request.block_s,
+                processes=PROCESSES,
+                time_limit_s=seconds,
+            ),
             survey=True,
-            time_limit_s=seconds,
-            block_s=request.block_s,
             bisect="failed",
             command=request.command,
         )
@@ -140,9 +146,10 @@ def _plan(request: SuiteRequest, part: SuiteRun, seconds: float) -> Plan:
 
 def _with_control(plan: Plan) -> Plan:
     """With the unfolded files beside the folded ones, where any backend has both."""
-    controlled = replace(plan, control=tuple(name for name in registered() if find_backend(name).shows_fold))
+    names = tuple(name for name in registered() if find_backend(name).shows_fold)
+    controlled = replace(plan, selection=replace(plan.selection, control=names))
     try:
-        select([(None, opened(plan.bundles[0], verified=False))], controlled)
+        select([(None, opened(plan.selection.bundles[0], verified=False))], controlled)
     except BenchError:  # what else may be wrong the run itself says
         return plan
     return controlled

@@ -14,19 +14,20 @@ from dataclasses import dataclass, replace
 from bench.backends.contract import Profile
 from bench.machine.environment import usable_cpus
 from bench.results.schema import Result
-from bench.run.plan import Choice, Plan, Progress
+from bench.run.plan import Choice, Plan, Progress, Rounds, Selection
 from bench.run.rounds import run
 from bench.sweep.choices import SweepRequest, slow_to_start
 from bench.sweep.folder import SweepFolder
 
 # Three rounds have a middle one. A block has at least one call.
 LOOK_ROUNDS, LOOK_BLOCK_S = 3, 0.02
-FULL_BLOCK_S = 0.05
+FULL_PROCESSES, FULL_BLOCK_S = 3, 0.05
 # No look begins after this share of the time: what is known by then is worth full rounds.
 LOOKS_SHARE = 0.65
-# What a choice takes of a full run: six to ten rounds, which an interval needs, and 4 s to start, parity and warming up
-# (13 took 119 s with six rounds, on two cores that had other work too). So many are measured whatever the time.
-FULL_S, FEWEST = 11.0, 8
+# What a choice takes of a full run: three processes, which an interval needs, of 4 s each to start, parity and warming
+# up, and some rounds (13 took 119 s with one process of six, on two cores that had other work too). So many are
+# measured whatever the time.
+FULL_S, FEWEST = 18.0, 8
 # What the workers of a run need each, the largest of torch's 860 MB, most of the others 200; together they get half of
 # the memory. In a round of more of them, the last is too far from the first.
 WORKER_BYTES, LARGEST_RUN = 400 * 2**20, 32
@@ -96,20 +97,23 @@ class DeviceRuns:
             groups = [[]]
         for place, group in enumerate(groups):
             begin, end = (LOOKS_SHARE + (1 - LOOKS_SHARE) * at / len(groups) for at in (place, place + 1))
-            plan = replace(self._plan(group, None, FULL_BLOCK_S), time_limit_s=self.request.time_limit_s)
-            yield self._run("full", plan, begin, end)
+            yield self._run("full", self._plan(group, None, FULL_BLOCK_S), begin, end)
 
-    def _plan(self, group: Sequence[Choice], rounds: int | None, block_s: float) -> Plan:
+    def _plan(self, group: Sequence[Choice], count: int | None, block_s: float) -> Plan:
+        choices = tuple(choice for choice in (self.reference, *group) if choice is not None)
+        full = count is None
         return Plan(
-            bundles=(self.request.bundle.path,),
-            backends=None,
-            choices=tuple(choice for choice in (self.reference, *group) if choice is not None),
+            selection=Selection(bundles=(self.request.bundle.path,), choices=choices),
             threads=self.request.most_threads,
             profile=Profile.STRICT,
             timeout_s=self.request.timeout_s,
-            batch_sizes=self.batch_sizes,
-            rounds=rounds,
-            block_s=block_s,
+            rounds=Rounds(
+                batch_sizes=self.batch_sizes,
+                block_s=block_s,
+                count=count,
+                processes=FULL_PROCESSES if full else 1,
+                time_limit_s=self.request.time_limit_s if full else None,
+            ),
             command=self.request.command,
         )
 
@@ -122,8 +126,10 @@ class DeviceRuns:
             self.progress(f"{stage}: {what}", self.clock.share(begin + done * (end - begin)))
 
         def make() -> Result:
-            left_s = None if plan.time_limit_s is None else self.clock.left_s(end)
-            return run(replace(plan, time_limit_s=left_s), shown)
+            rounds = plan.rounds
+            if rounds is not None and rounds.time_limit_s is not None:
+                rounds = replace(rounds, time_limit_s=self.clock.left_s(end))
+            return run(replace(plan, rounds=rounds), shown)
 
         return self.folder.result(stage, plan, make)
 

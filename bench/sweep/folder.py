@@ -67,14 +67,12 @@ class SweepFolder:
 
     def _key(self, plan: Plan) -> str:
         """The hash. The time limit in it is that of the sweep: what is left for a run is other at every start."""
-        names = ("batch_sizes", "rounds", "time_limit_s", "block_s", "timeout_s")
-        settings = {name: getattr(plan, name) for name in names}
         parts = {
             "bundle": self._digest,
             "machine": fingerprint(self.machine, plan.threads, plan.profile),
             "libraries": self._versions,
-            "choices": [asdict(choice) for choice in plan.choices or ()],
-            "settings": settings,
+            "choices": [asdict(choice) for choice in plan.selection.choices or ()],
+            "settings": {"timeout_s": plan.timeout_s, **(asdict(plan.rounds) if plan.rounds else {})},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

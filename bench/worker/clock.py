@@ -9,7 +9,9 @@ the block, since asking it takes longer than the shortest of them.
 from __future__ import annotations
 
 import gc
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +44,8 @@ class Block:
         started_at_monotonic_ns: the same moment on the clock that times the calls (`time.perf_counter_ns`).
         durations_ns: one for each call, in order.
         energy_j: what each counter of the machine counted meanwhile, everything that ran included.
+        cpu_s: the CPU time that this process used during the block, all threads together.
+        system_s: how much of it the operating system did for the process, as where memory is mapped.
         gpu_durations_ns: some calls right after the block, timed by the GPU's own clock; empty without a GPU.
     """
 
@@ -50,6 +54,8 @@ class Block:
     started_at_monotonic_ns: int
     durations_ns: tuple[int, ...]
     energy_j: dict[str, float]
+    cpu_s: float
+    system_s: float
     gpu_durations_ns: tuple[int, ...] = ()
 
 
@@ -82,6 +88,7 @@ def timed_block(
     append = durations.append
     collecting = gc.isenabled()
     energy_before = energy()
+    used = time.process_time(), _system_s()
     gc.disable()  # a collection of the harness's own garbage would land in somebody's p99
     try:
         started_at_unix_s = time.time()
@@ -97,9 +104,19 @@ def timed_block(
     finally:
         if collecting:
             gc.enable()
+    cpu_s, system_s = time.process_time() - used[0], _system_s() - used[1]
     energy_j = {counter: joules - energy_before[counter] for counter, joules in energy().items()}
     by_gpu = () if gpu_ns is None else tuple(_by_gpu(call, gpu_ns, GPU_SHARE * seconds))
-    return Block(timing, started_at_unix_s, started, tuple(durations), energy_j, by_gpu)
+    return Block(timing, started_at_unix_s, started, tuple(durations), energy_j, cpu_s, system_s, by_gpu)
+
+
+def _system_s() -> float:
+    """The CPU time that the operating system used for this process so far."""
+    if sys.platform == "win32":
+        return os.times().system
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
 
 
 def _by_gpu(call: Callable[[], object], gpu_ns: GpuClock, seconds: float) -> Iterator[int]:

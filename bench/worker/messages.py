@@ -130,9 +130,12 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The warm-up is done."""
+    """The warm-up is done. `logits` are the first call's, float32 [batch, …]: of the first images of the oracle, and of
+    those again where it has fewer.
+    """
 
     warm_up: WarmUp
+    logits: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -126,11 +126,17 @@ class _Model:
             return driven
         if isinstance(request, Measure) and request.cpus is not None:
             pin(request.cpus)
-        calls = self._calls(request.batch_size)
+        raw = self._inputs(request.batch_size)
         if isinstance(request, Prepare):
-            done = warm_up(calls["end_to_end"])  # which runs the model on the device, too
+            whole = partial(_end_to_end, self._session, raw)  # which runs the model on the device, too
+            logits = whole()
+            done = warm_up(whole)
             wait_until_quiet()
-            return Prepared(done)
+            return Prepared(done, logits)
+        calls: dict[Timing, Callable[[], object]] = {
+            "device_resident": partial(self._session.run, self._session.prepare(raw)),
+            "end_to_end": partial(_end_to_end, self._session, raw),
+        }
         gpu_ns = self._session.gpu_ns
         blocks = tuple(
             timed_block(call, timing, request.seconds, energy_j, gpu_ns if timing == "device_resident" else None)
@@ -144,18 +150,11 @@ class _Model:
             raise TypeError(f"{self._backend.name} runs no float32 ONNX file, so there are no nodes to compare")
         return bisect(self._bundle, self._session, device, self._options, images)
 
-    def _calls(self, batch_size: int) -> dict[Timing, Callable[[], object]]:
-        """The two things that are timed, on the first `batch_size` inputs of the oracle (again from the start if it has
-        fewer).
-        """
+    def _inputs(self, batch_size: int) -> np.ndarray:
+        """The first `batch_size` inputs of the oracle (again from the start if it has fewer)."""
         import numpy as np
 
-        session = self._session
-        raw = self._raw[np.arange(batch_size) % len(self._raw)]
-        return {
-            "device_resident": partial(session.run, session.prepare(raw)),
-            "end_to_end": partial(_end_to_end, session, raw),
-        }
+        return self._raw[np.arange(batch_size) % len(self._raw)]
 
     def _evaluate(self, batch_size: int) -> Evaluated:
         import numpy as np

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.errors import EXIT_BAD_INPUT as EXIT_BAD_INPUT
+from trainer.errors import EXIT_INCONCLUSIVE as EXIT_INCONCLUSIVE
 from trainer.errors import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from trainer.errors import EXIT_NEGATIVE as EXIT_NEGATIVE
 from trainer.errors import EXIT_UNAVAILABLE as EXIT_UNAVAILABLE

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bundles import shorten, tamper
+from plans import small_plan
 
-from bench.backends.contract import Profile
 from bench.backends.registry import BACKENDS
 from bench.results.schema import Result
 from bench.run.plan import Plan
@@ -59,40 +58,21 @@ def tampered(small_bundle: Path, tmp_path: Path) -> TamperedBundle:
 
 @pytest.fixture
 def plan(small_bundle: Path) -> Callable[..., Plan]:
-    """A small plan: two rounds of short blocks. Keywords replace what it says."""
-
-    def make(**changes: Any) -> Plan:
-        return Plan(
-            **{
-                "bundles": (small_bundle,),
-                "backends": ("onnx-cpu",),
-                "batch_sizes": (1,),
-                "rounds": 2,
-                "block_s": 0.005,
-                "threads": 1,
-                "profile": Profile.STRICT,
-                "timeout_s": 60.0,
-            }
-            | changes
-        )
-
-    return make
+    """A small plan of the small bundle, see `plans.small_plan`. Keywords replace what it says."""
+    return partial(small_plan, small_bundle)
 
 
 @pytest.fixture(scope="session")
 def result(small_bundle: Path) -> Result:
     """A real result: onnx-cpu with its control, and null, seven rounds of very short blocks."""
     return run(
-        Plan(
-            bundles=(small_bundle,),
+        small_plan(
+            small_bundle,
             backends=("onnx-cpu", "null"),
             control=("onnx-cpu",),
             batch_sizes=(1, 8),
             rounds=7,
             block_s=0.002,
-            threads=1,
-            profile=Profile.STRICT,
-            timeout_s=60.0,
         ),
         lambda what, done: None,
     )

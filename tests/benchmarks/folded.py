@@ -179,7 +179,8 @@ def block(call: Callable[[], Any]) -> float:
 
 def measure(name: str, processes: int, rounds: int) -> dict[str, Any]:
     import onnxruntime
-    from bench.environment import describe
+
+    from bench.machine.environment import describe
 
     with tempfile.TemporaryDirectory() as folder:
         about = prepare(name, Path(folder))

@@ -32,7 +32,7 @@ from bench.backends.contract import Profile
 from bench.results.schema import Result
 from bench.results.statistics import throughput
 from bench.results.terms import CONTROL_SUFFIX, label_of
-from bench.run.plan import Plan
+from bench.run.plan import Plan, Rounds, Selection
 from bench.run.rounds import run
 from export.bundle import Manifest
 
@@ -126,7 +126,7 @@ def measure(name: str) -> dict[str, Any]:
         "cpu": first.environment.cpu,
         "threads": first.settings.threads,
         "cpu_busy_percent": max(
-            max(result.environment.cpu_busy_percent, result.cpu_busy_percent_at_end) for _, result in results
+            max((result.environment.cpu_busy_percent, *result.cpu_busy_percents)) for _, result in results
         ),
         "runs": RUNS,
         "rounds": ROUNDS,
@@ -161,15 +161,11 @@ def one_run(bundles: list[Path]) -> Result:
     from bench.machine.environment import usable_cpus
 
     plan = Plan(
-        bundles=tuple(bundles),
-        backends=BACKENDS,
-        control=BACKENDS,
-        batch_sizes=BATCH_SIZES,
-        rounds=ROUNDS,
-        block_s=BLOCK_S,
+        selection=Selection(tuple(bundles), BACKENDS, control=BACKENDS),
         threads=usable_cpus(),
         profile=Profile.STRICT,
         timeout_s=120.0,
+        rounds=Rounds(BATCH_SIZES, BLOCK_S, count=ROUNDS),
     )
     result = run(plan, lambda what, done: None)
     assert all(subject.parity is not None and subject.parity.passed for subject in result.subjects)

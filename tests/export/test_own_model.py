@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from plans import small_plan
 from safetensors.torch import save_file
 
-from bench.backends.contract import Profile
 from bench.cli.exit_codes import exit_code
 from bench.results.schema import Result
-from bench.run.plan import Plan
 from bench.run.rounds import run as run_plan
 from export.build import build
 from export.bundle import Bundle, BundleError
@@ -117,16 +116,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 def measured(bundle: Bundle, backend: str) -> Result:
     """A short run of the bundle on one backend, in its worker process."""
-    plan = Plan(
-        bundles=(bundle.path,),
-        backends=(backend,),
-        batch_sizes=(4,),
-        rounds=1,
-        block_s=0.001,
-        threads=1,
-        profile=Profile.STRICT,
-        timeout_s=60.0,
-    )
+    plan = small_plan(bundle.path, backends=(backend,), batch_sizes=(4,), rounds=1, block_s=0.001)
     return run_plan(plan, lambda what, done: None)
 
 

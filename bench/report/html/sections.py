@@ -54,7 +54,7 @@ def _head(name: str, result: Result) -> Html:
     settings = result.settings
     conditions = (
         f"{sentences.machine_name(result)} · profile {settings.profile} · {settings.threads} threads · "
-        f"{rounds_words(result)} interleaved rounds of {settings.block_s * 1000:g} ms · "
+        f"{rounds_words(result)}, interleaved, in blocks of {settings.block_s * 1000:g} ms · "
         f"{result.started_at:%Y-%m-%d %H:%M} UTC"
     )
     return element(
@@ -79,7 +79,7 @@ def status(results: Sequence[Result], left_out: Sequence[LeftOut]) -> Html:
 
 def _warnings(result: Result) -> Html:
     """What spoils the figures. The rows in which the clock is felt are the terminal's alone."""
-    seen = (*warnings.of_load(result.environment, result.cpu_busy_percent_at_end), *warnings.of_gpus(result))
+    seen = (*warnings.of_run(result), *warnings.of_gpus(result))
     return join(element("p", f"{str(warned)[0].upper()}{str(warned)[1:]}.", class_="warning") for warned in seen)
 
 
@@ -262,9 +262,8 @@ def _environment(result: Result, source: Source, prefix: str) -> Html:
     settings = result.settings
     pairs = list(sentences.machine([result]))
     pairs.append(("batch sizes", ", ".join(f"{size:,}" for size in settings.batch_sizes)))
-    busy = (
-        f"{result.environment.cpu_busy_percent:.0f} % of the CPUs before, {result.cpu_busy_percent_at_end:.0f} % after"
-    )
+    looked = (result.environment.cpu_busy_percent, *result.cpu_busy_percents)
+    busy = f"{', '.join(f'{percent:.0f}' for percent in looked)} % of the CPUs, before and after each process"
     pairs.append(("other processes", busy))
     pairs += [(f"bundle at{'' if b.letter is None else f' {b.letter}'}", b.path) for b in result.bundles]
     absent = list(sentences.not_measured([result], source.left_out))

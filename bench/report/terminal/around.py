@@ -13,11 +13,11 @@ from bench.report.warnings import Warned
 from bench.results.schema import Skipped, SubjectResult
 
 
-def print_machine(machine: Environment, busy_percent_at_end: float, out: Console) -> None:
+def print_machine(machine: Environment, busy_percent_after: float, out: Console) -> None:
     """The machine, and whether something else kept it busy."""
     gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
     out.print(f"{machine.cpu}, {machine.usable_cpus} of {machine.logical_cpus} CPUs{gpus}, {machine.platform}\n")
-    print_warnings(warnings.of_load(machine, busy_percent_at_end), out)
+    print_warnings(warnings.of_load(machine, busy_percent_after), out)
 
 
 def print_warnings(seen: Iterable[Warned], out: Console) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console
 
-# What the widest table needs. In a narrower window or a log its lines are long; rich would cut figures off instead.
-MIN_WIDTH = 176
+# What the widest table needs.
+WIDE = 176
 
 
-def console(stderr: bool = False) -> Console:
-    """A console on stdout (or stderr), as wide as the window, and never narrower than the table."""
+def console(stderr: bool = False, wide: bool = False) -> Console:
+    """A console on stdout (or stderr), as wide as the window; with `wide` it has room for every column."""
     made = Console(stderr=stderr, highlight=False)
-    made.width = max(made.width, MIN_WIDTH)
+    if wide:
+        made.width = max(made.width, WIDE)
     return made

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.report import columns
-from bench.report.terminal.table import table
+from bench.report.terminal.table import print_table
 
 if TYPE_CHECKING:
     from bench.machine.findings import Finding
@@ -35,4 +35,4 @@ def print_backends(reasons: dict[str, str | None], out: Console) -> None:
     for name, reason in reasons.items():
         same_as = name if reason is None else first.setdefault(reason, name)
         lines.append((name, reason if same_as == name else f"as {same_as}"))
-    out.print(table(columns.BACKENDS, lines))
+    print_table(columns.BACKENDS, lines, out)

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from bench.report import columns
 from bench.report.terminal.around import print_absent
-from bench.report.terminal.table import table
+from bench.report.terminal.table import print_table
 from bench.results.schema import Result, SubjectResult
 
 FLIPS_SHOWN = 20
@@ -19,7 +19,7 @@ def print_parity(result: Result, out: Console) -> None:
     """Every flip, then the verdict of every backend and, where it was looked for, the first node that diverges."""
     for subject in result.subjects:
         print_flips(subject, None, out)
-    out.print(table(columns.PARITY, columns.judged(result)))
+    print_table(columns.PARITY, columns.judged(result), out)
     out.print(
         "b: right by the oracle and wrong here, c: the other way round; p: two-sided exact binomial test of b against\n"
         "c. Errors are those of the logits against the float64 oracle's.\n"

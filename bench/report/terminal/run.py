@@ -11,10 +11,11 @@ from bench.report import columns, warnings
 from bench.report.columns import Measured
 from bench.report.terminal.around import print_absent, print_machine, print_warnings
 from bench.report.terminal.parity import print_failed
-from bench.report.terminal.table import table
+from bench.report.terminal.table import print_table
 from bench.report.wording import rounds_words
 from bench.results.roofline import Survey
 from bench.results.schema import Against, Result
+from bench.results.statistics import DROWNED_PERCENT
 
 
 def print_run(result: Result, out: Console) -> None:
@@ -23,18 +24,21 @@ def print_run(result: Result, out: Console) -> None:
     for bundle in result.bundles:
         letter = "" if bundle.letter is None else f"{bundle.letter}: "
         out.print(f"{letter}[bold]{escape(bundle.name)}[/] (bundle {bundle.digest[:12]}) at {escape(bundle.path)}")
+    if result.interrupted:
+        out.print("[yellow]interrupted[/]: what follows is of the rounds that were done")
     out.print(
-        f"profile {settings.profile}, {settings.threads} threads, {rounds_words(result)} interleaved rounds of "
+        f"profile {settings.profile}, {settings.threads} threads, {rounds_words(result)}, interleaved, in blocks of "
         f"{settings.block_s * 1000:g} ms"
     )
-    print_machine(result.environment, result.cpu_busy_percent_at_end, out)
+    print_machine(result.environment, max(result.cpu_busy_percents, default=0.0), out)
     if result.rows:
-        out.print(table(columns.RUN, columns.measured(result)))
+        print_table(columns.RUN, columns.measured(result), out)
         out.print(
-            "images/s: median of the rounds ± half of its 95 % interval; stable: at most 1 %. on the device: the\n"
-            "model on prepared input. end to end, and the latency: from raw input to logits in host memory. p99 at\n"
-            "most: what it does not exceed with 95 % confidence. × torch: throughput over torch's, paired by round,\n"
-            "with its 95 % bootstrap interval. –: too few samples, or nothing to compare.\n"
+            "images/s: median ± half of its 95 % interval, which is that of the processes where there were three or "
+            "more, else of the rounds. on the device: the model on prepared input. end to end, and the latency: from "
+            "raw input to logits in host memory. p99 at most: what it does not exceed with 95 % confidence. × torch: "
+            "throughput over torch's, paired by round, with its 95 % interval. –: too few samples, nothing to compare, "
+            f"or known to no better than ±{DROWNED_PERCENT:g} %.\n"
         )
         _print_sensors(result, out)
     if result.survey is not None:
@@ -43,8 +47,8 @@ def print_run(result: Result, out: Console) -> None:
     compared: dict[Against, str] = {"control": "folded against unfolded", "base": "each bundle against the first"}
     for against, title in compared.items():
         if found := columns.compared_files(result, against):
-            out.print(f"[bold]{title}[/]: throughput, paired by round, with its 95 % bootstrap interval")
-            out.print(table(columns.COMPARED, found))
+            out.print(f"[bold]{title}[/]: throughput, paired by round, with its 95 % interval")
+            print_table(columns.COMPARED, found, out)
     print_failed(result.subjects, out)
     print_absent(result.subjects, result.skipped, out)
 
@@ -61,7 +65,7 @@ def _print_roofline(survey: Survey, items: Iterable[Measured], out: Console) -> 
         f"{work.activation_bytes_per_image * 1e-3:,.3g} kB an image, "
         f"{work.weight_bytes * 1e-6:,.3g} MB of weights a call; measured peaks: {peaks}"
     )
-    out.print(table(columns.ROOFLINE, items))
+    print_table(columns.ROOFLINE, items, out)
 
 
 def _print_sensors(result: Result, out: Console) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.report import columns
-from bench.report.terminal.table import table
+from bench.report.terminal.table import print_table
 from bench.report.wording import per_s
 from bench.results.scenario import OFFICIAL_MIN_DURATION_S
 
@@ -34,7 +34,7 @@ def print_scenario(result: ScenarioResult, out: Console) -> None:
     )
     print_machine(result.environment, result.cpu_busy_percent_at_end, out)
     reported = [row for row in result.rows if row.reported is not None]
-    out.print(table(columns.scenario(settings.scenario), reported))
+    print_table(columns.scenario(settings.scenario), reported, out)
     out.print("latency: from when a query was due to its answer, raw input to logits in host memory, by LoadGen.\n")
     for row in result.rows:
         if row.missed_queries_per_s is not None:

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from bench.report import columns
 from bench.report.terminal.run import print_run
-from bench.report.terminal.table import table
+from bench.report.terminal.table import print_table
 from bench.report.wording import milliseconds, number, ratio_words, spread_words
 from bench.results.studies import Candidate, Pick, Recommendation, Sweep
 
@@ -35,7 +35,7 @@ def print_recommendation(recommendation: Recommendation, sweep: Sweep, out: Cons
         f"{escape(machine.cpu)}"
     )
     out.print(f"the Pareto front of {recommendation.candidates} measured candidates, {size}:")
-    out.print(table(columns.CANDIDATES, recommendation.front))
+    print_table(columns.CANDIDATES, recommendation.front, out)
     out.print(
         "images/s, p99 and × torch are end to end, from raw input to logits; × torch: throughput over eager torch's\n"
         "with all threads, paired by round, with its 95 % bootstrap interval. –: too few samples, or nothing to\n"

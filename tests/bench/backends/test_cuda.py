@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper
+from plans import small_plan
 
 from bench.backends.contract import Options, Profile
 from bench.backends.registry import BACKENDS, find_backend
@@ -153,17 +154,8 @@ def together(small_bundle: Path) -> Iterator[Result]:
 
 
 def measured(bundle: Path, *backends: str) -> Result:
-    plan = Plan(
-        bundles=(bundle,),
-        backends=backends,
-        threads=1,
-        profile=Profile.STRICT,
-        timeout_s=60,
-        batch_sizes=(256,),
-        rounds=5,
-        block_s=0.05,
-        survey=len(backends) > 1,
-    )
+    survey = len(backends) > 1
+    plan = small_plan(bundle, backends=backends, batch_sizes=(256,), rounds=5, block_s=0.05, survey=survey)
     return run(plan, lambda what, done: None)
 
 

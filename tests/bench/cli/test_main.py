@@ -20,6 +20,7 @@ from bench.results.schema import Result
 ROOT = Path(__file__).parents[3]
 # Nothing is measured with these; they make a run short.
 SHORT = ["--backend", "onnx-cpu", "--batch-size", "1", "--rounds", "1", "--block-ms", "1", "--threads", "1"]
+ONCE = [*SHORT, "--processes", "1"]
 
 
 def bench(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -33,22 +34,25 @@ def one_paragraph(text: str) -> bool:
 
 def test_a_run_prints_the_table_and_writes_the_result(small_bundle: Path, tmp_path: Path) -> None:
     """In a folder of its own, where the default place of the result is made."""
-    done = bench("run", "--bundle", small_bundle, *SHORT, "--backend", "null", cwd=tmp_path)
+    done = bench("run", "--bundle", small_bundle, *SHORT, "--processes", "2", "--backend", "null", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "onnx-cpu" in done.stdout
-    assert done.stderr == "", "no progress bar where nobody looks"
+    phases = ["parity of onnx-cpu", "parity of null", "process 1", "measuring the machine's peaks", "process 2", "done"]
+    assert done.stderr.splitlines() == phases, "a line for each, and no progress bar where nobody looks"
+    assert max(map(len, done.stdout.splitlines())) <= 100, "as wide as a terminal, but for paths"
     written = tmp_path / "artifacts" / "results" / f"{small_bundle.name}.json"
     assert str(written.relative_to(tmp_path)) in done.stdout
     result = Result.model_validate_json(written.read_bytes())
     assert [subject.label for subject in result.subjects] == ["onnx-cpu", "null"]
     assert result.settings.threads == 1
+    assert {(sample.process, sample.round) for sample in result.samples} == {(0, 0), (1, 0)}
 
 
 @pytest.mark.slow
 def test_a_failed_parity_ends_with_1_after_table_and_result(tampered: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     bundle = tampered(manifest=lambda fields: fields["preprocessing"].update(mean=[0.1307], std=[0.3081]))
-    done = bench("run", "--bundle", bundle, *SHORT, "--json", path)
+    done = bench("run", "--bundle", bundle, *ONCE, "--json", path)
     assert done.returncode == 1
     assert " FAIL " in done.stdout
     assert json.loads(path.read_text())["subjects"][0]["parity"]["passed"] is False
@@ -69,15 +73,24 @@ def test_two_bundles_in_one_run(small_bundle: Path, tampered: Callable[..., Path
     """Each has its own parity, both are timed in the same rounds, and the second is set against the first."""
     path = tmp_path / "ab.json"
     wrong = tampered(manifest=lambda fields: fields["preprocessing"].update(mean=[0.1307], std=[0.3081]))
-    short = [*SHORT[:4], "--rounds", "6", "--block-ms", "1", "--threads", "1"]
-    done = bench("ab", small_bundle, wrong, *short, "--json", path, "--threshold", "100")
+    done = bench("ab", small_bundle, wrong, *SHORT, "--processes", "3", "--json", path, "--threshold", "100")
     assert done.returncode == 1, done.stderr
     assert "none is slower than the first by more than 100 %" in done.stdout
     result = Result.model_validate_json(path.read_bytes())
     assert [subject.label for subject in result.subjects] == ["onnx-cpu@A", "onnx-cpu@B"]
     assert [subject.parity.passed for subject in result.subjects if subject.parity] == [True, False]
     assert [bundle.path for bundle in result.bundles] == [str(small_bundle), str(wrong)]
-    assert {(r.against, r.numerator, r.throughput_ratio.rounds) for r in result.ratios} == {("base", "onnx-cpu@B", 6)}
+    assert {(r.against, r.numerator, r.throughput_ratio.processes) for r in result.ratios} == {
+        ("base", "onnx-cpu@B", 3)
+    }
+
+
+def test_one_process_is_inconclusive(small_bundle: Path, tampered: Callable[..., Path]) -> None:
+    copy = tampered()
+    done = bench("ab", small_bundle, copy, *ONCE)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "inconclusive for 2 of 2: it takes 3 processes or more" in " ".join(done.stdout.split())
+    assert bench("ab", small_bundle, copy, *ONCE, "--allow-inconclusive").returncode == 0
 
 
 def test_a_result_is_shown_again(result: Result, tmp_path: Path) -> None:
@@ -86,15 +99,15 @@ def test_a_result_is_shown_again(result: Result, tmp_path: Path) -> None:
 
     from rich.console import Console
 
-    from bench.report.terminal.console import MIN_WIDTH
+    from bench.report.terminal.console import WIDE
     from bench.report.terminal.run import print_run
     from bench.results.files import write_result
 
     path = tmp_path / "result.json"
     shown = io.StringIO()
-    print_run(result, Console(file=shown, width=MIN_WIDTH, highlight=False))
+    print_run(result, Console(file=shown, width=WIDE, highlight=False))
     write_result(result.model_copy(update={"rows": (), "ratios": ()}), path)
-    done = bench("report", path)
+    done = bench("report", path, "--wide")
     assert done.returncode == 0, done.stderr
     assert done.stdout == shown.getvalue()
 

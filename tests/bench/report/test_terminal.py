@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bench.backends.contract import Profile
-from bench.report.terminal.console import MIN_WIDTH
+from bench.report.terminal.console import WIDE
 from bench.report.terminal.machine import print_backends
 from bench.report.terminal.parity import FLIPS_SHOWN, print_parity
 from bench.report.terminal.run import print_run
@@ -20,7 +20,7 @@ from export.bundle.verdict import Flip
 def shown(what: object, printer: object) -> str:
     text = io.StringIO()
     assert callable(printer)
-    printer(what, Console(file=text, width=MIN_WIDTH, highlight=False))
+    printer(what, Console(file=text, width=WIDE, highlight=False))
     return text.getvalue()
 
 
@@ -78,7 +78,7 @@ def test_a_run_has_every_column(result: Result) -> None:
         ("null", "8"),
     ]
     assert result.bundles[0].digest[:12] in text
-    assert max(len(line) for line in text.splitlines()) <= MIN_WIDTH
+    assert max(len(line) for line in text.splitlines()) <= WIDE
 
 
 def test_the_control_has_its_ratio_and_interval(result: Result) -> None:
@@ -115,11 +115,11 @@ def test_a_busy_machine_is_told(result: Result) -> None:
     calm = result.model_copy(
         update={
             "environment": result.environment.__class__(**(vars(result.environment) | quiet)),
-            "cpu_busy_percent_at_end": 2.0,
+            "cpu_busy_percents": (2.0, 1.0),
         }
     )
     assert "warning" not in shown(calm, print_run)
-    assert "used 60 % of the CPUs" in shown(calm.model_copy(update={"cpu_busy_percent_at_end": 60.0}), print_run)
+    assert "used 60 % of the CPUs" in shown(calm.model_copy(update={"cpu_busy_percents": (2.0, 60.0)}), print_run)
 
 
 def test_backends_are_listed_with_their_reasons() -> None:

@@ -179,22 +179,22 @@ def test_the_runs_share_the_time(runs: Runs, suite_request: SuiteRequest) -> Non
     shares: list[float] = []
     suite = run_suite(suite_request, lambda so_far: None, lambda what, done: shares.append(done))
     strict, fast, cpu = runs.plans
-    assert [plan.time_limit_s for plan in runs.plans] == pytest.approx([37.5, 60, 100], abs=1)
-    assert [(plan.profile, plan.device) for plan in runs.plans] == [
+    assert [plan.rounds.time_limit_s for plan in runs.plans] == pytest.approx([37.5, 60, 100], abs=1)
+    assert [(plan.profile, plan.selection.device) for plan in runs.plans] == [
         ("strict", "cuda"),
         ("fast", "cuda"),
         ("strict", "cpu"),
     ]
-    assert strict.batch_sizes == fast.batch_sizes == (1, 8, 64, 256, 1024, 4096, 16384)
-    assert cpu.batch_sizes == (1, 8, 64, 256, 1024)
-    assert all(plan.control and plan.backends is None for plan in runs.plans)
+    assert strict.rounds.batch_sizes == fast.rounds.batch_sizes == (1, 8, 64, 256, 1024, 4096, 16384)
+    assert cpu.rounds.batch_sizes == (1, 8, 64, 256, 1024)
+    assert all(plan.selection.control and plan.selection.backends is None for plan in runs.plans)
     assert shares == pytest.approx([0, 0.1875, 0.5625, 0.875])
     assert suite_exit_code(suite) == 0
 
 
 def test_named_backends_go_to_the_run_of_their_device(runs: Runs, suite_request: SuiteRequest) -> None:
     run_suite(replace(suite_request, backends=("torch-cpu", "onnx-cuda")), lambda so_far: None, lambda what, done: None)
-    assert [(plan.backends, set(plan.control)) for plan in runs.plans] == [
+    assert [(plan.selection.backends, set(plan.selection.control)) for plan in runs.plans] == [
         (("onnx-cuda",), SHOW_THE_FOLD),
         (("onnx-cuda",), SHOW_THE_FOLD),
         (("torch-cpu",), set()),
