@@ -211,6 +211,30 @@ def test_a_signal_ends_the_workers_and_leaves_the_old_result(
     assert not alive
 
 
+def test_ctrl_c_keeps_the_rounds_that_were_done(small_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    options = ["--bundle", small_bundle, *SHORT, "--processes", "50", "--json", path]
+    command = [sys.executable, "-m", "bench", "run", *map(str, options)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            assert any(line == "process 3\n" for line in process.stderr)
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted"
+    assert "interrupted: what follows is of the rounds that were done" in out
+    assert "onnx-cpu" in out
+    result = Result.model_validate_json(path.read_bytes())
+    assert result.interrupted
+    assert {sample.process for sample in result.samples} >= {0, 1}
+    assert {sample.process for sample in result.samples} <= {0, 1, 2, 3}
+
+
 def wait_for_worker(parent: psutil.Process) -> psutil.Process:
     end = time.monotonic() + 60
     while time.monotonic() < end:
