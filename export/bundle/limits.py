@@ -13,10 +13,10 @@ scale are off by about the whole spread. Measured in percent of the spread (onnx
 | ResNet-18, random weights, 300 | 0.14 to 0.21 | 1.6 | 8.1; 26 where its ranges cut 18 images off: it fails |
 | MobileNetV2, random weights, 300 | 0.04 to 0.05 | 0.41 | 1.3 to 1.5 |
 
-TF32 on an H100 was a third of float16's. Roundings one after another add up like a random walk (Higham & Mary 2019), so
-a network of 400 of them is off by 20 unit roundoffs: of 2^-11 that is 1 %, for float16 and TF32, of 2^-8 it is 8 %, for
-bfloat16. int8 makes an error of step/√12 wherever it quantises (Bennett 1948), which is 1 % of a tensor whose largest
-value is ten times its RMS; 400 of them make 20 %.
+TF32 on an H100 was off by 420 to 460 float32 errors, the article's float16 files by 1,700 to 4,100. Roundings one after
+another add up like a random walk (Higham & Mary 2019), so a network of 400 of them is off by 20 unit roundoffs: of
+2^-11 that is 1 %, for float16 and TF32, of 2^-8 it is 8 %, for bfloat16. int8 makes an error of step/√12 wherever it
+quantises (Bennett 1948), which is 1 % of a tensor whose largest value is four times its RMS; 400 of them make 20 %.
 
 A network that amplifies the rounding of float32 amplifies that of any precision: nothing is held to less than
 `strict_rms_factor` times what float32 torch was off, times how much coarser the precision is. But a file that gives
@@ -25,10 +25,10 @@ every image the same is wrong, whatever its outputs are made of: where the image
 they don't, the inputs can't tell more than that.
 
 **Few images.** The error of one image scatters about that of all: at most 6.1 times as large in the article's int8
-files, and 2.9 in float32's. Squared errors of images have a standard deviation of 0.5 to 2.3 times their mean, so a mean
-of n of them scatters by 2.3/√n, and 1 + 4/√n times the RMS is three standard deviations away for every n. No more than
-1 + 1/√n is allowed where that would reach half of what these images differ from the mean of all, so that zeros are seen
-in a batch of one. The article's files need at most 0.27 of it, at every place and batch size from 1 to 256.
+files, and 2.9 in float32's. Squared errors of images have a standard deviation of 0.5 to 2.3 times their mean, so a
+mean of n of them scatters by 2.3/√n, and 1 + 4/√n times the RMS is three standard deviations away for every n. No more
+than 1 + 1/√n is allowed where that would reach half of what these images differ from the mean of all, so that zeros are
+seen in a batch of one. The article's files need at most 0.27 of it, at every place and batch size from 1 to 256.
 
 **Flips.** To flip a prediction of margin m, the errors of two scores must differ by m. The errors' size is taken from
 the images that did not flip, since a wrong flip is an error too, and at least from a tenth of the limit, which a right
