@@ -30,6 +30,16 @@ def judge(
     return ParityVerdict(profile=profile, **vars(verdict))
 
 
+def at_batch(
+    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile, precision: Precision = FLOAT32
+) -> str | None:
+    """Why a backend's logits of one batch are not right, in words, or None where they are.
+
+    `logits` [batch, …], of any float type, are of the oracle's first inputs, which begin again where there are more.
+    """
+    return contract.at_batch(logits, oracle, tolerances, precision, tf32=profile is Profile.FAST)
+
+
 def worst_images(logits: np.ndarray, oracle: Oracle, count: int) -> tuple[int, ...]:
     """The places of the `count` images whose logits [N, …] are furthest from the oracle's, not finite ones first.
 

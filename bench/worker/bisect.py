@@ -36,7 +36,7 @@ import numpy as np
 
 from bench.backends.contract import Backend, Options, Profile, Session
 from bench.results.parity import Bisection, Divergence
-from export.bundle.verdict import ROUNDING
+from export.bundle.limits import TF32_COARSER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -72,7 +72,7 @@ class _Reference:
     def limit(self, coarse: bool) -> float:
         """How far a value may be from this one to be the same, relative to the RMS. TF32 rounds as coarsely as float16
         does."""
-        return ROUNDING_FACTOR * max(self.float32_error, EPSILON) * (ROUNDING["float32"] if coarse else 1.0)
+        return ROUNDING_FACTOR * max(self.float32_error, EPSILON) * (TF32_COARSER if coarse else 1.0)
 
     def distance(self, rows: np.ndarray) -> float | None:
         """RMS difference over the RMS, infinite for rows that are not finite; None where they can't be this value."""
@@ -272,7 +272,7 @@ class _Walk:
         wanted = _rows(np.asarray(wanted), self._images)
         if not (np.isfinite(wanted).all() and np.isfinite(rows).all()):
             return "file" if np.array_equal(np.isfinite(wanted), np.isfinite(rows)) else "runtime"
-        scale = _rms(wanted) * (ROUNDING["float32"] if self.is_coarse(node.output[0]) else 1.0)
+        scale = _rms(wanted) * (TF32_COARSER if self.is_coarse(node.output[0]) else 1.0)
         return "file" if _rms(rows - wanted) <= KERNEL_ROUNDING * scale else "runtime"
 
 

@@ -161,6 +161,7 @@ def _parity(result: Result, prefix: str) -> Html:
 
 def _failures(subject: SubjectResult, parity: ParityVerdict) -> Iterator[str]:
     yield from (f"`{subject.label}` fails: {failure}" for failure in parity.failures)
+    yield from (f"`{subject.label}` was held to a laxer limit: {limit}" for limit in parity.laxer)
     if subject.bisection is not None:
         yield f"`{subject.label}`: {subject.bisection.in_words()}"
 

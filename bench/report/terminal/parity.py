@@ -30,18 +30,24 @@ def print_parity(result: Result, out: Console) -> None:
 
 
 def print_failed(subjects: Iterable[SubjectResult], out: Console) -> None:
-    """What is wrong with those whose parity failed, and the first of their flips."""
+    """What is wrong with those whose parity failed, and the first of their flips; and who was held to laxer limits."""
     for subject in subjects:
-        if subject.parity is not None and not subject.parity.passed:
+        parity = subject.parity
+        if parity is not None and (parity.laxer or not parity.passed):
             print_verdict(subject, out)
+        if parity is not None and not parity.passed:
             print_flips(subject, FLIPS_SHOWN, out)
 
 
 def print_verdict(subject: SubjectResult, out: Console) -> None:
-    """What is wrong with a subject whose parity failed, and the first node that diverges where it was looked for."""
+    """What is wrong with a subject whose parity failed, which of its bundle's limits are laxer than the project's, and
+    the first node that diverges where it was looked for.
+    """
     if (parity := subject.parity) is not None and not parity.passed:
         reasons = "; ".join(parity.failures)
         out.print(f"[red]parity FAILED[/] {escape(subject.label)} ({parity.profile}): {escape(reasons)}.")
+    if subject.parity is not None and subject.parity.laxer:
+        out.print(f"[yellow]laxer limits[/] {escape(subject.label)}: {escape('; '.join(subject.parity.laxer))}.")
     if subject.bisection is not None:
         out.print(f"  {escape(subject.label)}: {escape(subject.bisection.in_words())}")
 

@@ -97,6 +97,12 @@ def test_the_verdict_is_the_first_thing(result: Result, flipped: Result) -> None
     assert worse.index("Not all is well") < worse.index("<h2")
 
 
+def test_limits_that_are_laxer_are_told_where_parity_holds_too(result: Result) -> None:
+    told = with_parity(result, "onnx-cpu", laxer=("strict_rms_factor is 40, the project's 4",))
+    assert "was held to a laxer limit: strict_rms_factor is 40" in section(page_of(told), "Parity")
+    assert "laxer" not in page_of(result)
+
+
 def test_what_is_wrong_or_computes_nothing_is_never_the_fastest(result: Result, flipped: Result) -> None:
     assert {row.subject for row in right_rows(result)} == {"onnx-cpu", "onnx-cpu:unfolded"}
     assert {row.subject for row in right_rows(flipped)} == {"onnx-cpu:unfolded"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from report_pages import with_parity
 from rich.console import Console
 
 from bench.backends.contract import Profile
@@ -108,6 +109,13 @@ def test_parity_says_the_verdict(failed: Result) -> None:
     assert "90.00" in text
     assert "98.00" in text
     assert "9e+04" in text or "90000.00" in text
+
+
+def test_limits_that_are_laxer_are_told_where_parity_holds_too(result: Result) -> None:
+    told = with_parity(result, "onnx-cpu", laxer=("strict_rms_factor is 40, the project's 4",))
+    for printer in (print_run, print_parity):
+        assert "laxer limits onnx-cpu: strict_rms_factor is 40, the project's 4." in shown(told, printer)
+        assert "laxer" not in shown(result, printer)
 
 
 def test_a_busy_machine_is_told(result: Result) -> None:
