@@ -114,10 +114,3 @@ class Bisection:
             "runtime": "; in float64 the file says something else, so the runtime or its precision is wrong",
         }
         return f"first divergence: {found.node}{layer}{error}{nearest}{culprits.get(found.culprit or '', '')}"
-
-
-def at_batch(
-    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile, precision: Precision
-) -> str | None:
-    """To be merged."""
-    return None

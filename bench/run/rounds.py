@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.machine import sensors
@@ -112,6 +113,7 @@ class _Measuring:
         self.busy: list[float] = []
         self.readings: list[sensors.Reading] = []
         self.survey: Survey | None = None
+        self._oracles: dict[Path, Oracle] = {}
 
     def all_processes(self) -> None:
         """Process after process, until there were as many as the plan says, or nothing more is to be learnt."""
@@ -152,10 +154,16 @@ class _Measuring:
                 continue
             evaluated = lane.ask(Evaluate(PARITY_BATCH_SIZE), Evaluated)
             if evaluated is not None:
-                subject = lane.subject
-                oracle = subject.bundle.oracle()
+                subject, oracle = lane.subject, self.oracle(lane)
                 lane.parity = verdict_of(subject, evaluated.logits, oracle)
                 self.bisect(lane, evaluated.logits, oracle)
+
+    def oracle(self, lane: Lane) -> Oracle:
+        """That of the lane's bundle, read and checked once."""
+        bundle = lane.subject.bundle
+        if bundle.path not in self._oracles:
+            self._oracles[bundle.path] = bundle.oracle()
+        return self._oracles[bundle.path]
 
     def bisect(self, lane: Lane, logits: np.ndarray, oracle: Oracle) -> None:
         """Look for the first node that diverges, where that was asked for."""
@@ -207,7 +215,7 @@ class _Measuring:
         subject = lane.subject
         problem = at_batch(
             prepared.logits,
-            subject.bundle.oracle(),
+            self.oracle(lane),
             subject.bundle.manifest.tolerances,
             subject.options.profile,
             FLOAT32 if subject.entry is None else subject.entry.precision,

@@ -28,6 +28,7 @@ def faulty_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         "hungry",
         "raising",
         "transposed",
+        "eight",
         "unavailable",
         "unloadable",
         "dying",

@@ -63,7 +63,8 @@ class FaultySession:
         return self._session.run(prepared)
 
     def fetch(self, output: Any) -> np.ndarray:
-        return self._session.fetch(output)
+        logits = self._session.fetch(output)
+        return logits[::-1] if self._fault == "eight" and len(logits) == 8 else logits
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         return self._session.gpu_ns(call)
@@ -114,6 +115,7 @@ HANGING = Faulty("hanging")
 RAISING = Faulty("raising")
 HUNGRY = Faulty("hungry")
 TRANSPOSED = Faulty("transposed")
+EIGHT = Faulty("eight")
 UNAVAILABLE = Faulty("unavailable", reason="there is no such accelerator. Plug one in.")
 UNLOADABLE = Unloadable("unloadable")
 DYING = DyingAtLoad("dying")

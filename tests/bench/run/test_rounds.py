@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import bench.run.lanes
 from bench.backends.registry import BACKENDS
 from bench.cli.exit_codes import exit_code
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
-from bench.results.schema import Result
+from bench.results.schema import Result, Skipped
 from bench.run.availability import availability
+from bench.run.lanes import Lane
 from bench.run.plan import Choice, Plan, select
 from bench.run.rounds import cpus_for, run
 from export.bundle import Bundle
@@ -109,6 +111,67 @@ def test_the_others_finish_when_one_fails(
     assert good.failure is None
     assert [row.subject for row in result.rows] == ["onnx-cpu"]
     assert exit_code(result) == EXIT_NEGATIVE
+
+
+def test_a_batch_size_that_is_wrong_fails(plan: MakePlan) -> None:
+    """Right in the batches of the whole verdict: algorithms, graphs and compiled shapes differ by batch size."""
+    result = go(plan(backends=("eight", "onnx-cpu"), batch_sizes=(1, 8), rounds=1, processes=2))
+    wrong, right = (subject.parity for subject in result.subjects)
+    assert wrong is not None
+    assert right is not None
+    assert right.passed
+    assert not wrong.passed
+    (failure,) = wrong.failures
+    assert failure.startswith("at batch 8: ")
+    assert exit_code(result) == EXIT_NEGATIVE
+
+
+def test_every_process_is_a_new_one(plan: MakePlan) -> None:
+    result = go(plan(backends=("null", "onnx-cpu"), rounds=2, processes=3))
+    places = {(sample.process, sample.round, sample.subject) for sample in result.samples}
+    assert places == {(p, r, name) for p in range(3) for r in range(2) for name in ("null", "onnx-cpu")}
+    onnx = result.subjects[1]
+    assert [warm_up.process for warm_up in onnx.warm_ups] == [0, 1, 2]
+    assert len(result.cpu_busy_percents) == 3
+    assert len(result.readings) == 1 + 6
+    firsts = {s.process: s.subject for s in result.samples if (s.round, s.position) == (0, 0)}
+    assert firsts == {0: "null", 1: "onnx-cpu", 2: "null"}, "who is the first in a process changes too"
+    assert all(sample.cpu_s is not None and sample.system_s is not None for sample in result.samples)
+
+
+def test_a_backend_that_fails_in_a_later_process_is_a_failure(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before is kept in the samples, and counts for nothing."""
+    load, calls = bench.run.lanes._load, []
+
+    def load_and_lose_one(lanes: list[Lane], asked: bool) -> list[Skipped]:
+        skipped = load(lanes, asked)
+        calls.append(asked)
+        if len(calls) == 2:
+            lanes[0].worker._process.kill()
+        return skipped
+
+    monkeypatch.setattr(bench.run.lanes, "_load", load_and_lose_one)
+    result = go(plan(backends=("onnx-cpu", "null"), rounds=1, processes=3))
+    assert calls == [True, False, False]
+    lost, null = result.subjects
+    assert lost.failure is not None
+    assert null.failure is None
+    assert {sample.process for sample in result.samples if sample.subject == "onnx-cpu"} == {0}
+    assert {sample.process for sample in result.samples if sample.subject == "null"} == {0, 1, 2}
+    assert exit_code(result) == EXIT_NEGATIVE
+
+
+def test_a_comparison_goes_on_until_it_is_decided(
+    plan: MakePlan, small_bundle: Path, tampered: Callable[..., Path]
+) -> None:
+    """A bundle against itself and a limit of half its speed: after five processes, since fewer decide nothing."""
+    bundles = (small_bundle, tampered())
+    result = go(plan(bundles=bundles, rounds=1, processes=None, bound=0.5, time_limit_s=120.0))
+    assert len({sample.process for sample in result.samples}) == 5
+    started = time.monotonic()
+    result = go(plan(bundles=bundles, rounds=1, processes=None, bound=1.0, time_limit_s=8.0))
+    assert time.monotonic() - started < 20, "nobody can decide that, so it lasts as long as it may"
+    assert len({sample.process for sample in result.samples}) > 1
 
 
 def test_a_wrong_answer_is_measured_and_fails(plan: MakePlan) -> None:
