@@ -76,8 +76,9 @@ class Session(Protocol):
         """What `run` returned → float32 logits [N, classes] in host memory."""
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
-        """What `call`, which uses this session, takes by the GPU's own clock: from before the first to after the last
-        of what it asks of the GPU. None where there is no GPU in use."""
+        """What `call`, which uses this session, takes by the GPU's own clock, where several are queued one after the
+        other. None where there is no GPU in use.
+        """
 
     def placement(self) -> Placement:
         """Where the compute nodes run, found out and not assumed."""

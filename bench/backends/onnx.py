@@ -417,10 +417,16 @@ class ParallelSession(CpuSession):
 
 @dataclass(frozen=True)
 class Bound:
-    """A binding for one batch size and the memory on the GPU that it points into, which must live as long."""
+    """A binding for one batch size and the memory on the GPU that it points into, which must live as long.
+
+    With `run_options` a run returns when the stream has done all that was asked of it, what prepared the input
+    included; with `queueing` when it was asked, but that of a CUDA graph, which waits in either case
+    (microsoft/onnxruntime#28686): there the GPU's clock times the way to the host and back too.
+    """
 
     binding: Any
     run_options: Any
+    queueing: Any
     tensor: torch.Tensor
     logits: torch.Tensor
 
@@ -454,8 +460,8 @@ class CudaSession(OnnxSession):
         return bound
 
     def run(self, prepared: Bound) -> Bound:
-        # Returns when the stream has done all that was asked of it, what prepared the input included.
-        self._session.run_with_iobinding(prepared.binding, prepared.run_options)
+        run_options = prepared.queueing if self._memory.queueing else prepared.run_options
+        self._session.run_with_iobinding(prepared.binding, run_options)
         return prepared
 
     def fetch(self, output: Bound) -> np.ndarray:
@@ -474,9 +480,11 @@ class CudaSession(OnnxSession):
         taken = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
         binding.bind_input(self._input_name, "cuda", 0, taken, tuple(tensor.shape), tensor.data_ptr())
         binding.bind_output(self._output_name, "cuda", 0, np.float32, tuple(logits.shape), logits.data_ptr())
-        run_options = onnxruntime.RunOptions()
-        run_options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
-        return Bound(binding, run_options, tensor, logits)
+        run_options, queueing = onnxruntime.RunOptions(), onnxruntime.RunOptions()
+        for options in (run_options, queueing):
+            options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
+        queueing.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return Bound(binding, run_options, queueing, tensor, logits)
 
 
 CPU: Backend = Onnx("cpu")

@@ -24,7 +24,7 @@ GpuClock = Callable[[Callable[[], object]], "int | None"]
 # Reached only where a call takes almost no time; keeps a result file readable.
 MAX_CALLS_PER_BLOCK = 10_000
 # After another backend's turn, caches and sleeping threads have to come back: the first calls are not timed.
-LEAD_IN_S = 0.01
+LEAD_IN_S, LEAD_IN_CALLS = 0.01, 2
 # A fresh TorchScript module compiles at its second call and CUDA convolutions search at the first of every shape.
 WARM_UP_CALLS, WARM_UP_S, WARM_UP_LIMIT_CALLS, WARM_UP_LIMIT_S = 10, 0.2, 3, 2.0
 STEADY_WITHIN = 0.03
@@ -81,7 +81,8 @@ def timed_block(
     """
     clock = time.perf_counter_ns
     lead_in_end = clock() + int(LEAD_IN_S * 1e9)
-    call()
+    for _ in range(LEAD_IN_CALLS):
+        call()
     while clock() < lead_in_end:
         call()
     durations: list[int] = []
