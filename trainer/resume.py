@@ -92,10 +92,10 @@ def load(path: Path, run: Facts) -> Save:
         ) from error
     if differences := _differences(facts["run"], run):
         raise UserError(f"{path} is the save of another run: {'; '.join(differences)}. {remedy}")
-    told = facts["progress"]
-    told["history"] = [Evaluation(**evaluation) for evaluation in told["history"]]
+    progress = facts["progress"]
+    progress["history"] = [Evaluation(**evaluation) for evaluation in progress["history"]]
     best = {name.removeprefix(BEST): tensor for name, tensor in tensors.items() if name.startswith(BEST)}
-    return Save(tensors, Progress(**told, best=best), facts["circumstances"])
+    return Save(tensors, Progress(**progress, best=best), facts["circumstances"])
 
 
 class Saver:
@@ -118,10 +118,10 @@ class Saver:
         tensors[f"{RANDOM}cpu"] = torch.get_rng_state()
         if step.device.type == "cuda":
             tensors[f"{RANDOM}cuda"] = torch.cuda.get_rng_state(step.device)
-        told = {field.name: getattr(progress, field.name) for field in dataclasses.fields(progress)}
-        told["history"] = [dataclasses.asdict(evaluation) for evaluation in told.pop("history")]
-        del told["best"]
-        facts = {"run": self._run(), "circumstances": circumstances(self._execution), "progress": told}
+        fields = {field.name: getattr(progress, field.name) for field in dataclasses.fields(progress)}
+        fields["history"] = [dataclasses.asdict(evaluation) for evaluation in fields.pop("history")]
+        del fields["best"]
+        facts = {"run": self._run(), "circumstances": circumstances(self._execution), "progress": fields}
         on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             replace_file(self.path, safetensors.torch.save(on_host, {METADATA_KEY: json.dumps(facts)}))

@@ -221,7 +221,7 @@ class GpuMemory:
             if slot is None:
                 slot = self._slots[key] = self._slot(raw)
             self.stream.synchronize()  # a copy from `staging` may still be under way
-            # On this thread alone: torch wakes its pool for more than 32,768 elements, which takes longer than the copy.
+            # On this thread alone: for more than 32,768 elements torch wakes its pool, which takes longer.
             np.copyto(slot.host, raw)
             slot.raw.copy_(slot.staging, non_blocking=True)
             if slot.preprocess is not None:

@@ -171,12 +171,12 @@ def percentile(timing: Timing, percent: int, *, name: str | None = None, bounded
     """A percentile of the calls, in ms. `bounded`: with what it does not exceed with 95 % confidence."""
 
     def value(item: Measured) -> tuple[float, float | None] | None:
-        found = _percentile(item, timing, percent)
-        return None if found is None or found[0] is None else (found[0], found[1])
+        measured = _percentile(item, timing, percent)
+        return None if measured is None or measured[0] is None else (measured[0], measured[1])
 
-    def text(found: tuple[float, float | None]) -> str:
-        bound = f" ≤ {milliseconds(found[1])}" if bounded and found[1] is not None else ""
-        return milliseconds(found[0]) + bound
+    def text(measured: tuple[float, float | None]) -> str:
+        bound = f" ≤ {milliseconds(measured[1])}" if bounded and measured[1] is not None else ""
+        return milliseconds(measured[0]) + bound
 
     return Column(name or f"p{percent} ms, {TIMING_WORDS[timing]}", value, text)
 
@@ -276,7 +276,7 @@ BINDS: Column[Measured] = Column("what binds", of_point(lambda point: point.bind
 ENERGY: Column[Measured] = Column(
     "mJ an image",
     of_row(lambda row: row.energy_per_image_j or None),
-    lambda found: ", ".join(f"{joule * 1000:.3g} ({counter})" for counter, joule in found.items()),
+    lambda joules: ", ".join(f"{joule * 1000:.3g} ({counter})" for counter, joule in joules.items()),
     optional=True,
 )
 UNBEATEN: Column[Measured] = Column("unbeaten", unbeaten, lambda value: "yes" if value else "")
@@ -452,7 +452,7 @@ COMPARED: tuple[Column[ComparedFiles], ...] = (
     Column("over", lambda item: item.denominator, looking("code"), words=True),
     Column("batch", lambda item: item.batch_size, whole),
     *(Column(TIMING_WORDS[timing], _between(timing), ratio_text(".3f")) for timing in TIMINGS),
-    Column("rounds", _between("device_resident"), lambda found: str(found.rounds)),
+    Column("rounds", _between("device_resident"), lambda ratio: str(ratio.rounds)),
 )
 """Each file over what it is compared with: throughput, paired by round."""
 
@@ -463,12 +463,12 @@ def _bounded_ratio(compared: Compared) -> str:
 
 
 TWO_RUNS: tuple[Column[Compared], ...] = (
-    Column("backend", lambda found: found.subject, looking("subject"), words=True),
-    Column("batch", lambda found: found.batch_size, whole),
-    Column("timing", lambda found: found.timing.replace("_", " "), words=True),
-    Column("base, images/s", lambda found: found.throughput_ratio.denominator_median, per_s),
-    Column("head, images/s", lambda found: found.throughput_ratio.numerator_median, per_s),
-    Column("ratio", lambda found: found, _bounded_ratio),
+    Column("backend", lambda compared: compared.subject, looking("subject"), words=True),
+    Column("batch", lambda compared: compared.batch_size, whole),
+    Column("timing", lambda compared: compared.timing.replace("_", " "), words=True),
+    Column("base, images/s", lambda compared: compared.throughput_ratio.denominator_median, per_s),
+    Column("head, images/s", lambda compared: compared.throughput_ratio.numerator_median, per_s),
+    Column("ratio", lambda compared: compared, _bounded_ratio),
 )
 FINDINGS: tuple[Column[Finding], ...] = (
     Column("severity", lambda finding: str(finding.severity), words=True),
@@ -514,16 +514,16 @@ NORMS: tuple[Column[Norm], ...] = (
     Column("error of the fold", lambda norm: norm.error, rounded(".1g")),
 )
 CANDIDATES: tuple[Column[Candidate], ...] = (
-    Column("backend", lambda found: f"{found.backend} {found.variant}", words=True),
-    Column("threads", lambda found: found.threads),
-    Column("batch", lambda found: found.batch_size, whole),
-    Column("images/s", lambda found: found.throughput_images_per_s, spread_words),
-    Column("p99, ms", lambda found: found.latency_ms.p99, milliseconds),
-    Column("× torch", lambda found: found.times_torch, ratio_text(".3g")),
-    Column("top-1 %", lambda found: found.top1_percent, rounded(".2f")),
-    Column("flips", lambda found: found.flips, whole),
-    Column("file, MB", lambda found: found.file_bytes / 1e6, rounded(".2f")),
-    Column("memory, MiB", lambda found: found.memory_bytes / MIB, rounded(".0f")),
+    Column("backend", lambda candidate: f"{candidate.backend} {candidate.variant}", words=True),
+    Column("threads", lambda candidate: candidate.threads),
+    Column("batch", lambda candidate: candidate.batch_size, whole),
+    Column("images/s", lambda candidate: candidate.throughput_images_per_s, spread_words),
+    Column("p99, ms", lambda candidate: candidate.latency_ms.p99, milliseconds),
+    Column("× torch", lambda candidate: candidate.times_torch, ratio_text(".3g")),
+    Column("top-1 %", lambda candidate: candidate.top1_percent, rounded(".2f")),
+    Column("flips", lambda candidate: candidate.flips, whole),
+    Column("file, MB", lambda candidate: candidate.file_bytes / 1e6, rounded(".2f")),
+    Column("memory, MiB", lambda candidate: candidate.memory_bytes / MIB, rounded(".0f")),
 )
 
 
@@ -645,7 +645,7 @@ LINES: tuple[Column[Measured], ...] = (
     FLOAT32_ERRORS,
     MAX_ERROR,
     P_VALUE,
-    fact("failure", lambda item: (found := item.subject.failure) and f"{found.kind}: {found.message}"),
+    fact("failure", lambda item: (failure := item.subject.failure) and f"{failure.kind}: {failure.message}"),
     HOST_MEMORY,
     GPU_MEMORY,
     fact("command", lambda item: item.result.command),

@@ -116,7 +116,7 @@ def stable(samples: Sequence[Sample]) -> bool:
     """Whether every throughput is known to within `statistics.STABLE_WITHIN_PERCENT`, for processes to come."""
     keys = dict.fromkeys((sample.subject, sample.batch_size, sample.timing) for sample in samples)
     spreads = [spread(by_process(throughputs(samples, *key))) for key in keys]
-    return all(found.stable and found.processes >= MIN_PROCESSES_FOR_INTERVAL for found in spreads)
+    return all(known.stable and known.processes >= MIN_PROCESSES_FOR_INTERVAL for known in spreads)
 
 
 def decided(samples: Sequence[Sample], subjects: Sequence[SubjectResult], bound: float) -> bool:

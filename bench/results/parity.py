@@ -92,25 +92,25 @@ class Bisection:
 
     def in_words(self) -> str:
         """One sentence for a person."""
-        found = self.divergence
-        if found is None:
+        first = self.divergence
+        if first is None:
             rounding = f"; {self.from_float16} may be off by float16's rounding" if self.from_float16 else ""
             agreeing = f"{self.agreeing} of {self.nodes} agree with a torch node, the others are meant"
             return f"no node diverges; {agreeing}{rounding}"
-        error = "" if found.relative_error is None else f", off by {found.relative_error:.2g} of its RMS"
-        if found.non_finite:
-            error = f", with {found.non_finite} numbers that are NaN or infinite"
-        if found.where == "input":
-            return f"first divergence: the input itself ({found.node or 'before the first node'}){error}"
-        if found.where == "runtime":
+        error = "" if first.relative_error is None else f", off by {first.relative_error:.2g} of its RMS"
+        if first.non_finite:
+            error = f", with {first.non_finite} numbers that are NaN or infinite"
+        if first.where == "input":
+            return f"first divergence: the input itself ({first.node or 'before the first node'}){error}"
+        if first.where == "runtime":
             return (
                 "no node diverges while the runtime's optimisations are off, but its output differs with them"
                 f"{error}: look at the optimisations and the device"
             )
-        layer = "" if found.layer is None else f" of layer {found.layer}"
-        nearest = "" if found.nearest is None else f"; the torch node nearest to it is {found.nearest}"
+        layer = "" if first.layer is None else f" of layer {first.layer}"
+        nearest = "" if first.nearest is None else f"; the torch node nearest to it is {first.nearest}"
         culprits = {
             "file": "; the runtime computes what the file says, so the file is wrong",
             "runtime": "; in float64 the file says something else, so the runtime or its precision is wrong",
         }
-        return f"first divergence: {found.node}{layer}{error}{nearest}{culprits.get(found.culprit or '', '')}"
+        return f"first divergence: {first.node}{layer}{error}{nearest}{culprits.get(first.culprit or '', '')}"

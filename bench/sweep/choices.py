@@ -184,7 +184,7 @@ def chosen(
             out.append(LeftOut(what=name, reason=best[name].no_chance_words(MARGIN), failed=False))
         else:
             left.append((best[name].share if name in best else 1.0, choice))
-    ranked = [choice for _, choice in sorted(left, key=lambda one: one[0], reverse=True)]
+    ranked = [choice for _, choice in sorted(left, key=lambda pair: pair[0], reverse=True)]
     for choice in ranked[most:]:
         name = label(choice, request.most_threads)
         reached = best[name].words if name in best else "nothing that it could be compared with"

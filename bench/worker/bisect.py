@@ -106,8 +106,8 @@ def bisect(
     inputs = manifest.preprocessing.apply(raw, manifest.input.shape)
     references, output = _torch_values(bundle, inputs)
     truth = _rows(oracle.logits[list(images)], len(images))
-    for found, wanted in ((output.rows, truth), (_fed(session, raw), inputs)):
-        error = _rms(found - wanted) / (_rms(wanted) or 1.0)
+    for rows, wanted in ((output.rows, truth), (_fed(session, raw), inputs)):
+        error = _rms(rows - wanted) / (_rms(wanted) or 1.0)
         if error > INPUT_ROUNDING:
             return Bisection(images, 0, 0, 0, Divergence("input", None, None, None, error, 0, None))
 

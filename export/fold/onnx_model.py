@@ -211,8 +211,8 @@ class _Folding:
         for difference, limit in zip(differences, limits, strict=True):
             if not difference <= limit:
                 return f"the outputs of the file differ by {difference:.1e} (relative), where {limit:.0e} is rounding"
-        told = [difference for difference, limit in zip(differences, limits, strict=True) if limit < float("inf")]
-        self.difference = max(told, default=None if differences else 0.0)
+        limited = [difference for difference, limit in zip(differences, limits, strict=True) if limit < float("inf")]
+        self.difference = max(limited, default=None if differences else 0.0)
         if self.difference is None:
             self.not_compared = "its outputs are random, or rounding alone changes them"
         return None

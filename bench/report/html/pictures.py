@@ -45,10 +45,10 @@ def inputs_of(bundle: BundleFacts) -> Inputs | Missing:
 @lru_cache(maxsize=4)
 def _inputs(path: str, digest: str) -> Inputs | Missing:
     try:
-        found = Bundle.open(Path(path))
-        if found.digest != digest:
+        bundle = Bundle.open(Path(path))
+        if bundle.digest != digest:
             return Missing(f"the bundle at `{path}` is another one by now")
-        return Inputs(found.oracle().raw, found.manifest.class_names)
+        return Inputs(bundle.oracle().raw, bundle.manifest.class_names)
     except BundleError:
         return Missing(f"the bundle is not at `{path}`, or damaged")
 

@@ -275,7 +275,7 @@ def _staircase(series: Sequence[Series], frame: Frame) -> str:
     """The corners between the points that no other beats both ways, further right and lower being better; none of a
     wrong one. `frontier` in the page's script finds the same among what is shown.
     """
-    marks = [mark for one in series for mark in one.marks if mark.state != "wrong"]
+    marks = [mark for shown in series for mark in shown.marks if mark.state != "wrong"]
     places = [(frame.across(mark.x), frame.up(mark.y)) for mark in marks]
     corners: list[str] = []
     lowest = -math.inf

@@ -21,8 +21,8 @@ def print_findings(findings: Sequence[Finding], out: Console) -> None:
     grid = Table.grid(padding=(0, 2))
     for finding in findings:
         colour = {"ok": "green", "warning": "yellow", "error": "red"}[finding.severity]
-        told = escape(finding.seen) + ("" if finding.fix is None else f"\n[bold]fix:[/] {escape(finding.fix)}")
-        grid.add_row(f"[{colour}]{finding.severity}[/]", escape(finding.check), told)
+        words = escape(finding.seen) + ("" if finding.fix is None else f"\n[bold]fix:[/] {escape(finding.fix)}")
+        grid.add_row(f"[{colour}]{finding.severity}[/]", escape(finding.check), words)
     out.print(grid)
     errors, warnings, ok = (sum(f.severity == severity for f in findings) for severity in ("error", "warning", "ok"))
     out.print(f"\nerrors: {errors}, warnings: {warnings}, ok: {ok}")

@@ -46,9 +46,9 @@ def print_run(result: Result, out: Console) -> None:
         _print_roofline(result.survey, placed, out)
     compared: dict[Against, str] = {"control": "folded against unfolded", "base": "each bundle against the first"}
     for against, title in compared.items():
-        if found := columns.compared_files(result, against):
+        if ratios := columns.compared_files(result, against):
             out.print(f"[bold]{title}[/]: throughput, paired by round, with its 95 % interval")
-            print_table(columns.COMPARED, found, out)
+            print_table(columns.COMPARED, ratios, out)
     print_failed(result.subjects, out)
     print_absent(result.subjects, result.skipped, out)
 

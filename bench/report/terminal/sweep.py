@@ -42,7 +42,7 @@ def print_recommendation(recommendation: Recommendation, sweep: Sweep, out: Cons
         "compare. On the front is whom no other beats in images/s, p99, top-1, file size and memory at once.\n"
     )
     for pick, respects in _by_candidate(recommendation.picks):
-        out.print(f"[bold]{escape(', '.join(respects))}[/]: {escape(_told(pick.candidate))}", soft_wrap=True)
+        out.print(f"[bold]{escape(', '.join(respects))}[/]: {escape(_figures(pick.candidate))}", soft_wrap=True)
         out.print(escape(pick.command), soft_wrap=True)
         out.print("\n".join(f"    {line}".rstrip() for line in pick.program.splitlines()), markup=False, soft_wrap=True)
         out.print()
@@ -58,7 +58,7 @@ def _by_candidate(picks: Iterable[Pick]) -> Iterator[tuple[Pick, list[str]]]:
     yield from grouped.values()
 
 
-def _told(candidate: Candidate) -> str:
+def _figures(candidate: Candidate) -> str:
     """A candidate's figures in a line."""
     facts = [
         f"{candidate.file} on {candidate.backend}, threads {candidate.threads}, batch {candidate.batch_size}",

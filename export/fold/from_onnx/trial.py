@@ -67,9 +67,9 @@ def feeds(session: Any, inputs: Mapping[str, Sequence[int | str] | None], size: 
     for argument in session.get_inputs():
         dims = inputs.get(argument.name)
         numbers = concrete(dims, batch, size, images) if dims is not None else ()
-        told = argument.shape
-        if len(told) == len(numbers):  # a size that is declared as 0 is one
-            numbers = tuple(0 if declared == 0 else number for declared, number in zip(told, numbers, strict=True))
+        sizes = argument.shape
+        if len(sizes) == len(numbers):  # a size that is declared as 0 is one
+            numbers = tuple(0 if declared == 0 else number for declared, number in zip(sizes, numbers, strict=True))
         given[argument.name] = _array(argument.type, numbers, manner, generator)
     return given
 
