@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from bench.backends.profile import Profile as Profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda", "none"]
 Setting = str | int | float | bool
-
-
-class Profile(StrEnum):
-    """Which arithmetic a runtime may use."""
-
-    STRICT = "strict"
-    """float32 everywhere: TF32 is off in every runtime."""
-    FAST = "fast"
-    """TF32 is on in every runtime that has it."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.backends.contract import Profile
-from bench.backends.registry import registered
+from bench.backends.profile import Profile
 from bench.cli.options import (
     DEFAULT_BUNDLE,
     DEFAULT_THRESHOLD_PERCENT,
@@ -323,6 +322,7 @@ def _plan(
     reference: bool = True,
 ) -> Plan:
     """What runs: with nothing else said, the parity alone."""
+    from bench.backends.registry import registered
     from bench.machine.environment import usable_cpus
     from bench.run.plan import Plan, Selection
 

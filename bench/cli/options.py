@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.backends.contract import Profile
-from bench.backends.registry import find_backend
+from bench.backends.profile import Profile
 from bench.errors import EXIT_USAGE, BenchError
 
 if TYPE_CHECKING:
@@ -86,12 +85,16 @@ TimeoutOption = Annotated[
 
 def check_names(names: list[str] | None) -> None:
     """Raises BenchError (usage) for a name that is no backend, before anything slow is imported."""
+    from bench.backends.registry import find_backend
+
     for name in names or ():
         find_backend(name)
 
 
 def check_judged(names: list[str] | None) -> None:
     """As `check_names`, for a command that judges and compares: a backend that computes nothing is none of them."""
+    from bench.backends.registry import find_backend
+
     check_names(names)
     for name in names or ():
         if not find_backend(name).formats:
