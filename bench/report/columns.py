@@ -12,7 +12,15 @@ from typing import Any
 
 from bench.machine.findings import Finding
 from bench.report.table import Cell, Column, Look, Scalar
-from bench.report.wording import NOTHING, TIMING_WORDS, milliseconds, per_s, ratio_words, spread_words
+from bench.report.wording import (
+    NOTHING,
+    TIMING_WORDS,
+    binding_words,
+    milliseconds,
+    per_s,
+    ratio_words,
+    spread_words,
+)
 from bench.results.compare import Compared
 from bench.results.parity import ParityVerdict
 from bench.results.queries import champion, finished_rows, right_rows
@@ -265,7 +273,12 @@ MEMORY: Column[Measured] = Column(
     rounded(".1f"),
     fields={"memory_percent_of_peak": itself},
 )
-BINDS: Column[Measured] = Column("what binds", of_point(lambda point: point.binds), fields={"binds": itself})
+BINDS: Column[Measured] = Column(
+    "what binds",
+    of_point(lambda point: point),
+    binding_words,
+    fields={"binds": lambda point: str(point.binds)},
+)
 ENERGY: Column[Measured] = Column(
     "mJ an image",
     of_row(lambda row: row.energy_per_image_j or None),

@@ -5,6 +5,7 @@ Owns how many digits are shown and how an interval is written. Knows neither tab
 
 from __future__ import annotations
 
+from bench.results.roofline import Point
 from bench.results.schema import Result
 from bench.results.statistics import MedianRatio, PairedRatio, Spread
 from bench.results.terms import Timing
@@ -38,6 +39,11 @@ def rounds_words(result: Result) -> str:
     """How many rounds were done, and of how many where the time limit came first."""
     done, asked = len({sample.round for sample in result.samples}), result.settings.rounds
     return str(done) if asked in (None, done) else f"{done} of {asked} (time limit)"
+
+
+def binding_words(point: Point) -> str:
+    """What binds a row; for one that nothing binds, how much of its time the roofline accounts for."""
+    return f"overheads ({point.accounted_percent:.0f} % accounted for)" if point.binds == "overheads" else point.binds
 
 
 def number(value: float | None, digits: str) -> str:
