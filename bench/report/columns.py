@@ -343,7 +343,7 @@ def of_file(field: str) -> Callable[[Judged], Any]:
 def memory(field: str, name: str) -> Column[Judged]:
     """The most that its process held."""
     return Column(
-        f"peak {name} MiB",
+        f"peak {name} memory of its process, MiB",
         lambda item: getattr(item.subject, field),
         lambda held: f"{held / MIB:,.0f}",
         fields={field: itself},
@@ -513,11 +513,12 @@ CANDIDATES: tuple[Column[Candidate], ...] = (
     Column("batch", lambda found: found.batch_size, whole),
     Column("images/s", lambda found: found.throughput_images_per_s, spread_words),
     Column("p99, ms", lambda found: found.latency_ms.p99, milliseconds),
+    Column("p99, at most", lambda found: found.latency_ms.p99_upper, milliseconds),
     Column("× torch", lambda found: found.times_torch, ratio_text(".3g")),
     Column("top-1 %", lambda found: found.top1_percent, rounded(".2f")),
     Column("flips", lambda found: found.flips, whole),
     Column("file, MB", lambda found: found.file_bytes / 1e6, rounded(".2f")),
-    Column("memory, MiB", lambda found: found.memory_bytes / MIB, rounded(".0f")),
+    Column("memory of its process, MiB", lambda found: found.memory_bytes / MIB, rounded(".0f")),
 )
 
 
