@@ -21,12 +21,13 @@ from bench.backends.contract import Runnable
 from bench.backends.registry import BACKENDS, find_backend
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_USAGE, BenchError
+from bench.report.columns import CANDIDATES, PLACEMENT
 from bench.results.files import write_result
 from bench.results.schema import Failure, Result
 from bench.results.studies import Candidate, Recommendation, Sweep
 from bench.run.plan import Choice, opened
 from bench.sweep.program import snippet
-from bench.sweep.recommend import candidates, front, recommend, settings_of
+from bench.sweep.recommend import candidates, front, program, recommend
 from export.bundle import Bundle, Preprocessing, TensorSpec
 
 ONNX, ONNX_1 = Choice("onnx-cpu", "float32", 2), Choice("onnx-cpu", "float32", 1)
@@ -405,34 +406,44 @@ def test_the_programs_for_a_gpu_make_the_oracles_logits_on_a_cpu(bundle: Bundle,
 def test_the_program_is_what_was_measured(bundle: Bundle) -> None:
     """Options that the sessions set; a graph where one was captured."""
 
-    def program(name: str, **settings: bool) -> str:
+    def text_of(name: str, **settings: bool) -> str:
         device = find_backend(name).device
         file = replace(runnable(Path("model"), bundle, threads=2), device=device, settings=settings)
         return snippet(name, file)
 
-    graph, torch_cuda = program("graph-cuda"), program("torch-cuda")
+    graph, torch_cuda = text_of("graph-cuda"), text_of("torch-cuda")
     assert "torch.cuda.graph(graph" in graph
     assert "captured(lambda: module(x))" in graph
     assert "captured(lambda: module(x))" not in torch_cuda
     assert "cudnn.benchmark = True" in graph
     assert "benchmark" not in torch_cuda
     assert all("waits for the GPU once more" in text for text in (graph, torch_cuda))
-    assert "torch.compile(module)" in program("compile-cuda")
+    assert "torch.compile(module)" in text_of("compile-cuda")
     for name, captures in {"onnx-cuda": True, "onnx-cuda-nhwc": True, "onnx-cuda-eager": False}.items():
-        text = program(name)
+        text = text_of(name)
         assert "run_with_iobinding(binding" in text
         assert ('"enable_cuda_graph": "1"' in text) == captures
         assert '"cudnn_conv_algo_search": "HEURISTIC"' in text
         assert '"use_tf32": "0"' in text
-    assert "enable_cuda_graph" not in program("onnx-cuda", cuda_graph=False), "onnxruntime refused to capture it"
-    fixed = program("openvino-cpu")
+    assert "enable_cuda_graph" not in text_of("onnx-cuda", cuda_graph=False), "onnxruntime refused to capture it"
+    fixed = text_of("openvino-cpu")
     assert "model.reshape(list(shape))" in fixed
     assert '"INFERENCE_PRECISION_HINT": "f32"' in fixed
     assert '"ENABLE_CPU_PINNING": False' in fixed
-    assert "check_guards=False" in program("torch-cpu")
+    assert "check_guards=False" in text_of("torch-cpu")
 
 
-def test_a_candidates_program_has_the_settings_of_its_session(sweep: Sweep) -> None:
+def test_a_candidates_program_has_the_settings_of_its_session(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = sweep.runs[0].subjects[1]
     (candidate, *_) = (one for one in candidates(sweep) if one.label == subject.label)
-    assert settings_of(sweep, candidate) == subject.settings != {}
+    monkeypatch.setattr("bench.sweep.recommend.snippet", lambda backend, file: file.settings)
+    assert program(sweep, candidate) == subject.settings != {}
+
+
+def test_memory_is_said_to_be_the_processs() -> None:
+    names = [column.name for column in (*CANDIDATES, *PLACEMENT) if "memory" in column.name]
+    assert names == [
+        "memory of its process, MiB",
+        "peak host memory of its process, MiB",
+        "peak GPU memory of its process, MiB",
+    ]
