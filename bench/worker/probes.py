@@ -34,10 +34,11 @@ COPY_BYTES = {
     "cpu": (2**18, 2**20, 2**22, 2**24, 2**26),
     "cuda": (2**22, 2**24, 2**26, 2**28, 2**30),
 }
+IN_CACHE_BYTES = (2**16, 2**18)
 HOST_COPY_BYTES = 2**28
 # How long a probe is repeated, and how long one timing of it lasts at least: the clock and a GPU's launch are felt
 # below.
-PROBE_S, TIMING_S = 0.08, 0.001
+PROBE_S, TIMING_S = 0.06, 0.001
 # A precision in which the first product is slower than this share of float32's is emulated: it is tried no further.
 NATIVE_FROM = 0.25
 # The narrower arithmetic that files of a precision may be computed in, beside float32.
@@ -73,9 +74,16 @@ def narrower(device: RooflineDevice, precision: str, profile: Profile) -> tuple[
 
 
 def copies(device: RooflineDevice) -> Iterator[Best]:
-    """What torch's copies reach, in bytes/s, reading and writing counted."""
+    """What copies reach, in bytes/s, reading and writing counted: torch's, and on the CPU NumPy's of what a core's
+    cache holds. Those need one thread: while other programs kept the CPUs busy, torch's threads waited for each other.
+    """
+    import numpy as np
     import torch
 
+    for size in IN_CACHE_BYTES if device == "cpu" else ():
+        words = f"NumPy, a copy of {size / 2**20:g} MiB"
+        read, written = (np.ones(size // 4, np.float32) for _ in range(2))
+        yield from _tried(words, 2 * size, partial(np.copyto, written, read), device)
     for size in COPY_BYTES[device]:
         source, target = (torch.ones(size // 4, device=device) for _ in range(2))
         words = f"torch, a copy of {size / 2**20:g} MiB"
