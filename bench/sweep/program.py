@@ -12,6 +12,9 @@ from bench.backends.contract import Runnable, shaped
 from bench.backends.registry import find_backend
 from export.bundle import TensorSpec
 
+# In NumPy, of one image of the article's network: 7.8 µs at every call in a session, 3.7 in a program.
+ONCE = "The measured session finds out the input's sizes at every call, which takes some µs; here they stand written."
+
 
 def snippet(backend: str, what: Runnable) -> str:
     """A program that defines `logits`: raw input, as the bundle describes it, to float32 logits, in NumPy arrays."""
@@ -19,10 +22,13 @@ def snippet(backend: str, what: Runnable) -> str:
     if lines is None:
         return f"# No program is known that runs a file as {backend} does.\n"
     raw = what.preprocessing.raw
+    differs = lines.differs
+    if lines.prepare is None and what.input != raw:
+        differs = differs or ONCE
     body = [*(_prepared(what) if lines.prepare is None else lines.prepare), *lines.run]
     return "\n".join(
         [
-            *([f"# {lines.differs}"] if lines.differs else []),
+            *([f"# {differs}"] if differs else []),
             *(["import numpy as np"] if any("np." in line for line in (*lines.load, *body)) else []),
             *lines.load,
             "",
