@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from bench.backends.profile import Profile as Profile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -86,7 +86,9 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Runnable:
-    """A file and how it is run. `input` is what it takes: the raw input itself where that is `preprocessing.raw`."""
+    """A file and how it is run. `input` is what it takes: the raw input itself where that is `preprocessing.raw`.
+    `settings` are those that the measured session said were in effect.
+    """
 
     device: Device
     path: str
@@ -94,16 +96,25 @@ class Runnable:
     input: TensorSpec
     output: TensorSpec
     preprocessing: Preprocessing
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Program:
-    """Lines of Python that need the runtime and NumPy (`np`) alone: `load` loads the file, `run` is the body of a
-    function that makes the logits, as a float32 array, of `x`, an array of what the file takes.
+    """Lines of Python that need the runtime and NumPy (`np`) alone, and do what the backend's session does.
+
+    Attributes:
+        load: loads the file.
+        run: the body of a function that makes the logits, as a float32 array, of `raw`, the raw input, and of what
+            `prepare` made of it.
+        prepare: makes `x` of `raw`: what the file takes. None: the bundle's preprocessing in NumPy.
+        differs: what the measured session does otherwise, for a comment.
     """
 
     load: list[str]
     run: list[str]
+    prepare: list[str] | None = None
+    differs: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,21 @@ class Backend(Protocol):
 def text(value: str) -> str:
     """A string of Python, for a program."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def python(values: Mapping[str, Setting]) -> str:
+    """A dictionary of Python, for a program."""
+    pairs = (f"{text(name)}: {text(value) if isinstance(value, str) else value}" for name, value in values.items())
+    return "{" + ", ".join(pairs) + "}"
+
+
+def shaped(file: Runnable, given: str) -> str:
+    """The raw input `given`, an array or a tensor, in the shape of what the file takes: an expression of Python."""
+    taken, raw = file.input.shape, file.preprocessing.raw.shape
+    if all(isinstance(size, int) for size in taken[1:]):
+        return f"{given}.reshape({', '.join(map(str, (-1, *taken[1:])))})"
+    ones = "1, " * (len(taken) - len(raw))
+    return f"{given}.reshape(len(raw), {ones}*raw.shape[1:])"
 
 
 def input_of(bundle: Bundle, options: Options) -> TensorSpec:

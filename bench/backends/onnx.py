@@ -8,7 +8,6 @@ without a word. What counts is which provider each node was assigned to, which o
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +26,11 @@ from bench.backends.contract import (
     file_path,
     input_of,
     preparation,
+    python,
     text,
 )
 from bench.backends.pieces import piece_lines, pieces
+from bench.backends.torch_lines import gpu_program
 from bench.backends.torch_runtime import GpuMemory, TorchDevice, torch_unavailable_reason
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 # prefer_nhwc was slower at every batch but one, and without cudnn_conv_use_max_workspace nothing changed.
 CONVOLUTION_SEARCH = {"cudnn_conv_algo_search": "HEURISTIC"}
 
+CAPTURE = {"enable_cuda_graph": "1"}
+GRAPH_ID = "gpu_graph_id"
 SPINNING = "session.intra_op.allow_spinning"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -148,19 +151,25 @@ class Onnx:
         return Server("onnxruntime", {".onnx": "model.onnx"}, "intra_op_thread_count", further)
 
     def program(self, file: Runnable) -> Program:
+        if self.device == "cuda":
+            return _program_on_gpu(file, self.preset)
         call = f"session.run([{text(file.output.name)}], {{{text(file.input.name)}: x}})[0]"
         if not self.preset.parallel:
-            return Program(_session_lines(file, self.preset), [f"return {call}.astype(np.float32)"])
+            return Program(_session_lines(file, self.preset), [f"return {call}.astype(np.float32, copy=False)"])
         load = [
             "from concurrent.futures import ThreadPoolExecutor",
             "",
             *_session_lines(replace(file, threads=1), self.preset),
             f"pool = ThreadPoolExecutor({file.threads})",
+            "",
+            "",
+            "def run(x):",
+            f"    return {call}",
         ]
         run = [
             *piece_lines(file.threads),
-            f"found = pool.map(lambda x: {call}, pieces)",
-            "return np.concatenate(list(found)).astype(np.float32)",
+            "found = run(x) if len(pieces) == 1 else np.concatenate(list(pool.map(run, pieces)))",
+            "return found.astype(np.float32, copy=False)",
         ]
         return Program(load, run)
 
@@ -177,27 +186,59 @@ class Onnx:
 
 
 def _session_lines(file: Runnable, preset: Preset) -> list[str]:
-    """Lines of Python that load an ONNX file as the preset does. A CUDA graph ties a program to fixed batches: it is
-    left to the user.
-    """
-    provider = '"CPUExecutionProvider"'
-    if file.device == "cuda":
-        options = {"use_tf32": "0"} | CONVOLUTION_SEARCH | ({"prefer_nhwc": "1"} if preset.nhwc else {})
-        provider = f'("CUDAExecutionProvider", {json.dumps(options)})'
-    settings = []
-    if not preset.every_optimisation:
-        level = "onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC"
-        settings.append(f"options.graph_optimization_level = {level}")
-    if not preset.spinning:
-        settings.append(f'options.add_session_config_entry("{SPINNING}", "0")')
+    """Lines of Python that load an ONNX file on the CPU as the preset does."""
     return [
         "import onnxruntime",
         "",
+        *_options_lines(file, preset),
+        f"session = onnxruntime.InferenceSession({text(file.path)}, options, providers=[{text(PROVIDERS['cpu'])}])",
+    ]
+
+
+def _options_lines(file: Runnable, preset: Preset) -> list[str]:
+    """`options`, as `open_session` sets them, but for what it needs to know where nodes are."""
+    level = "onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC"
+    return [
         "options = onnxruntime.SessionOptions()",
         f"options.intra_op_num_threads = {file.threads}",
-        *settings,
-        f"session = onnxruntime.InferenceSession({text(file.path)}, options, providers=[{provider}])",
+        "options.inter_op_num_threads = 1",
+        *([] if preset.every_optimisation else [f"options.graph_optimization_level = {level}"]),
+        *([] if preset.spinning else [f'options.add_session_config_entry("{SPINNING}", "0")']),
     ]
+
+
+def _program_on_gpu(file: Runnable, preset: Preset) -> Program:
+    """What `CudaSession` does: bound memory on the stream that prepares and fetches, and a CUDA graph for each shape,
+    unless onnxruntime refused to capture any when this was measured.
+    """
+    captures = bool(file.settings.get("cuda_graph", preset.cuda_graph))
+    settings = cuda_options(Profile.STRICT, preset) | (CAPTURE if captures else {})
+    load = [
+        "onnxruntime.preload_dlls()",
+        *_options_lines(file, preset),
+        "options.log_severity_level = 3",
+        f"settings = {python(settings)}",
+        'settings["user_compute_stream"] = str(stream.cuda_stream)',
+        f"providers = [({text(PROVIDERS['cuda'])}, settings), {text(PROVIDERS['cpu'])}]",
+        f"session = onnxruntime.InferenceSession({text(file.path)}, options, providers=providers)",
+    ]
+    sizes = "".join(f", {size}" for size in file.output.shape[1:] if isinstance(size, int))
+    ends = [
+        (file.input.name, "input", f"np.{file.input.dtype}", "x"),
+        (file.output.name, "output", "np.float32", "made"),
+    ]
+    call = [
+        f'made = torch.empty((len(x){sizes}), dtype=torch.float32, device="cuda")',
+        "binding, run_options = session.io_binding(), onnxruntime.RunOptions()",
+        *(
+            f'binding.bind_{end}({text(name)}, "cuda", 0, {kind}, tuple({tensor}.shape), {tensor}.data_ptr())'
+            for name, end, kind, tensor in ends
+        ),
+        f'run_options.add_run_config_entry("{GRAPH_ID}", str(len(slots) + 1))',
+        "run = lambda: (session.run_with_iobinding(binding, run_options), made)[1]",
+    ]
+    # torch first, so that both use one CUDA and one cuDNN.
+    return replace(gpu_program(file, ["import torch", "import onnxruntime"], load, call), differs="")
 
 
 def _load_on_gpu(path: Path, bundle: Bundle, options: Options, preset: Preset) -> Session:
@@ -206,7 +247,7 @@ def _load_on_gpu(path: Path, bundle: Bundle, options: Options, preset: Preset) -
     shared = {"user_compute_stream": str(memory.stream.cuda_stream)}
     graph: dict[str, Setting] = {"cuda_graph": preset.cuda_graph}
     try:
-        captured = {"enable_cuda_graph": "1"} if preset.cuda_graph else {}
+        captured = CAPTURE if preset.cuda_graph else {}
         session = open_session(str(path), "cuda", options, preset, shared | captured)
     except Exception as error:  # of no common kind: a model with control flow, or with nodes that are not on the GPU
         if not preset.cuda_graph:
@@ -245,11 +286,14 @@ def open_session(
     if device == "cuda":
         if hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA and cuDNN of the installed nvidia packages, which are torch's
-        tf32 = "0" if options.profile is Profile.STRICT else "1"
-        layout = {"prefer_nhwc": "1"} if preset.nhwc else {}
-        on_gpu = {"use_tf32": tf32} | CONVOLUTION_SEARCH | layout | (provider_options or {})
-        providers.insert(0, (PROVIDERS["cuda"], on_gpu))
+        providers.insert(0, (PROVIDERS["cuda"], cuda_options(options.profile, preset) | (provider_options or {})))
     return onnxruntime.InferenceSession(model, config, providers=providers, enable_fallback=0)
+
+
+def cuda_options(profile: Profile, preset: Preset) -> dict[str, str]:
+    """What profile and preset ask of onnxruntime's CUDA provider."""
+    tf32 = "0" if profile is Profile.STRICT else "1"
+    return {"use_tf32": tf32} | CONVOLUTION_SEARCH | ({"prefer_nhwc": "1"} if preset.nhwc else {})
 
 
 def _one_node_model() -> bytes:
@@ -482,7 +526,7 @@ class CudaSession(OnnxSession):
         binding.bind_output(self._output_name, "cuda", 0, np.float32, tuple(logits.shape), logits.data_ptr())
         run_options, queueing = onnxruntime.RunOptions(), onnxruntime.RunOptions()
         for options in (run_options, queueing):
-            options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
+            options.add_run_config_entry(GRAPH_ID, str(len(self._bound) + 1))
         queueing.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return Bound(binding, run_options, queueing, tensor, logits)
 

@@ -24,7 +24,6 @@ takes 0.1 s for each batch size. To start a request and wait for it is no slower
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,9 +42,10 @@ from bench.backends.contract import (
     Setting,
     file_path,
     preparation,
+    python,
     text,
 )
-from bench.backends.pieces import piece_lines, pieces
+from bench.backends.pieces import piece_slices, pieces
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +59,16 @@ DEVICE = "CPU"
 ENDS = frozenset({"Const", "Input", "Output"})
 # Nodes that change the type of numbers: they name one of the two.
 CONVERSIONS = frozenset({"Convert", "Reorder"})
+# How a program runs its requests, as a session does.
+SEVERAL = [
+    "if len(requests) == 1:",
+    "    requests[0].infer()",
+    "else:",
+    "    for request in requests:",
+    "        request.start_async()",
+    "    for request in requests:",
+    "        request.wait()",
+]
 REDUCED = frozenset({"bf16", "f16"})
 
 
@@ -86,17 +96,43 @@ class OpenVino:
         return None if self.throughput else Server("openvino", files, "INFERENCE_NUM_THREADS", padding)
 
     def program(self, file: Runnable) -> Program:
-        if not self.throughput:
-            return Program(_compile_lines(file, "LATENCY", 1), ["return model(x)[0].astype(np.float32)"])
-        load = [*_compile_lines(file, "THROUGHPUT", file.threads), "queue = openvino.AsyncInferQueue(model)"]
+        """What `OpenVinoSession` does."""
+        parts = piece_slices(file.threads) if self.throughput else "[slice(0, len(x))]"
+        load = [
+            "import openvino",
+            "",
+            f"settings = {python(configuration(Options(file.threads), self.throughput))}",
+            "core = openvino.Core()",
+            f"whole = core.read_model({text(file.path)})",
+            "compiled, slots = {}, {}",
+            "",
+            "",
+            "def compile(shape):  # for inputs of that shape alone",
+            "    if shape not in compiled:",
+            "        model = whole.clone()",
+            "        model.reshape(list(shape))",
+            f"        compiled[shape] = core.compile_model(model, {text(DEVICE)}, settings)",
+            "    return compiled[shape]",
+            "",
+            "",
+            "def slot(x):  # memory that the requests of one shape read and write",
+            f"    parts = {parts}",
+            "    models = [compile((part.stop - part.start, *x.shape[1:])) for part in parts]",
+            "    port = models[0].output(0)",
+            "    given, found = np.empty_like(x), np.empty((len(x), *port.shape[1:]), port.element_type.to_dtype())",
+            "    requests = [model.create_infer_request() for model in models]",
+            "    for request, part in zip(requests, parts):",
+            "        request.set_input_tensor(0, openvino.Tensor(given[part], shared_memory=True))",
+            "        request.set_output_tensor(0, openvino.Tensor(found[part], shared_memory=True))",
+            "    return given, found, requests",
+        ]
         run = [
-            *piece_lines(file.threads),
-            "found = [np.empty(0)] * len(pieces)",
-            "queue.set_callback(lambda request, n: found.__setitem__(n, request.get_output_tensor().data.copy()))",
-            "for n, piece in enumerate(pieces):",
-            "    queue.start_async(piece, n)",
-            "queue.wait_all()",
-            "return np.concatenate(found).astype(np.float32)",
+            "if x.shape not in slots:",
+            "    slots[x.shape] = slot(x)",
+            "given, found, requests = slots[x.shape]",
+            "given[...] = x",
+            *(SEVERAL if self.throughput else ["requests[0].infer()"]),
+            "return found.astype(np.float32)",
         ]
         return Program(load, run)
 
@@ -115,22 +151,6 @@ class OpenVino:
 
     def load(self, bundle: Bundle, options: Options) -> Session:
         return OpenVinoSession(file_path(self, bundle, options), bundle, options, self.throughput)
-
-
-def _compile_lines(file: Runnable, hint: str, streams: int) -> list[str]:
-    """Loads an OpenVINO model for any batch size, where `bench` compiles it for each."""
-    settings = {
-        "PERFORMANCE_HINT": hint,
-        "NUM_STREAMS": streams,
-        "INFERENCE_NUM_THREADS": file.threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    return [
-        "import openvino",
-        "",
-        f"settings = {json.dumps(settings)}",
-        f'model = openvino.compile_model({text(file.path)}, "CPU", settings)',
-    ]
 
 
 @dataclass(frozen=True)

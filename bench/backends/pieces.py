@@ -24,9 +24,12 @@ def pieces(images: int, threads: int) -> list[slice]:
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
 
+def piece_slices(threads: int) -> str:
+    """The slices of `x`, as an expression of Python."""
+    size = f"min({LARGEST}, -(-len(x) // {threads}))"
+    return f"[slice(n, min(n + {size}, len(x))) for n in range(0, len(x), {size})]"
+
+
 def piece_lines(threads: int) -> list[str]:
     """Lines of Python that cut `x` so, into `pieces`."""
-    return [
-        f"size = min({LARGEST}, -(-len(x) // {threads}))",
-        "pieces = [x[start : start + size] for start in range(0, len(x), size)]",
-    ]
+    return [f"pieces = [x[part] for part in {piece_slices(threads)}]"]

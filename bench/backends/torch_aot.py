@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, file_path, text
+from bench.backends.torch_lines import torch_program
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
     configure_torch,
-    torch_lines,
     torch_unavailable_reason,
 )
 
@@ -70,7 +70,12 @@ class AheadOfTime:
         return None
 
     def program(self, file: Runnable) -> Program:
-        return torch_lines(file, [f"module = torch._inductor.aoti_load_package({text(file.path)})"])
+        load = [
+            "# torch._inductor.aoti_load_package is the public way; it flattens and unflattens at every call.",
+            f"package = torch._C._aoti.AOTIModelPackageLoader({text(file.path)}, {text(MODEL)}, False, 1, -1)",
+            "module = lambda x: package.run([x])[0]",
+        ]
+        return torch_program(file, load)
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         import torch

@@ -18,13 +18,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.backends.contract import Backend, Device, Options, Placement, Program, Runnable, Server, Setting, file_path
+from bench.backends.torch_lines import CAPTURED, export_lines, torch_program
 from bench.backends.torch_program import load_program
 from bench.backends.torch_runtime import (
     GpuMemory,
     TorchSession,
     configure_torch,
-    export_lines,
-    torch_lines,
     torch_unavailable_reason,
 )
 
@@ -70,9 +69,8 @@ class CapturedProgram:
         return not self.compiled
 
     def program(self, file: Runnable) -> Program:
-        """Without the CUDA graph, which ties a program to fixed batches."""
-        module = "torch.compile(program.module())" if self.compiled else "program.module()"
-        return torch_lines(file, [*export_lines(file), f"module = {module}"])
+        compiled = ["module = torch.compile(module)"] if self.compiled else []
+        return torch_program(file, [*export_lines(file), *compiled], CAPTURED, search=True)
 
     def load(self, bundle: Bundle, options: Options) -> CapturedSession:
         import torch

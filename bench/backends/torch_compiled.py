@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.backends.contract import Backend, Device, Options, Program, Runnable, Server, file_path
+from bench.backends.torch_lines import export_lines, torch_program
 from bench.backends.torch_program import load_program
 from bench.backends.torch_runtime import (
     TorchSession,
     configure_torch,
-    export_lines,
-    torch_lines,
     torch_unavailable_reason,
 )
 
@@ -55,7 +54,18 @@ class CompiledProgram:
         return torch_unavailable_reason("cpu") or compiler_missing()
 
     def program(self, file: Runnable) -> Program:
-        return torch_lines(file, [*export_lines(file), "module = torch.compile(program.module(), dynamic=False)"])
+        load = [
+            *export_lines(file, "whole"),
+            "compiled = {}",
+            "",
+            "",
+            "def module(x):  # code of its own for each shape: of one, torch.compile keeps eight",
+            "    if x.shape not in compiled:",
+            "        own = torch.fx.GraphModule(whole, whole.graph)",
+            "        compiled[x.shape] = torch.compile(own, dynamic=False, fullgraph=True)",
+            "    return compiled[x.shape](x)",
+        ]
+        return torch_program(file, load)
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         configure_torch(options)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, file_path
+from bench.backends.torch_lines import export_lines, torch_program
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
     configure_torch,
-    export_lines,
     stray_tensors,
-    torch_lines,
     torch_unavailable_reason,
 )
 
@@ -46,7 +45,7 @@ class TorchProgram:
         return torch_unavailable_reason(self.device)
 
     def program(self, file: Runnable) -> Program:
-        return torch_lines(file, [*export_lines(file), "module = program.module()"])
+        return torch_program(file, export_lines(file))
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         configure_torch(options)

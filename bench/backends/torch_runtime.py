@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from bench.backends.contract import Options, Placement, Profile, Program, Runnable, Setting, text
+from bench.backends.contract import Options, Placement, Profile, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -344,25 +344,3 @@ class TorchSession:
 def stray_tensors(device: TorchDevice, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]:
     """Name and place of every tensor that is not on `device`."""
     return tuple(f"{name} is on {tensor.device}" for name, tensor in tensors if tensor.device.type != device)
-
-
-def torch_lines(file: Runnable, load: list[str]) -> Program:
-    """The program of whatever `load` loads as `module`, and torch runs."""
-    gpu = file.device == "cuda"
-    place = '.to("cuda")' if gpu else ""
-    settings = [f"torch.set_num_threads({file.threads})", *(["torch.backends.cudnn.allow_tf32 = False"] if gpu else [])]
-    imports = ["import torch", *(["import torch.export.passes"] if any("passes" in line for line in load) else [])]
-    run = [
-        "with torch.inference_mode():",
-        f"    logits = module(torch.from_numpy(x){place})",
-        "return logits.float().cpu().numpy()",
-    ]
-    return Program([*imports, "", *settings, *load], run)
-
-
-def export_lines(file: Runnable) -> list[str]:
-    """Loads a `torch.export` program. `.to` would move its weights only, not the constants of its graph."""
-    load = [f"program = torch.export.load({text(file.path)})"]
-    if file.device == "cuda":
-        load.append('program = torch.export.passes.move_to_device_pass(program, "cuda")')
-    return load

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.backends.contract import Backend, Options, Placement, Program, Runnable, Server, Setting, file_path, text
+from bench.backends.torch_lines import torch_program
 from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
     configure_torch,
     stray_tensors,
-    torch_lines,
     torch_unavailable_reason,
 )
 
@@ -61,8 +61,8 @@ class TorchScript:
         return self.device == "cpu"
 
     def program(self, file: Runnable) -> Program:
-        load = f"module = torch.jit.load({text(file.path)}, map_location={text(file.device)})"
-        return torch_lines(file, [load])
+        load = f"module = torch.jit.load({text(file.path)}, map_location={text(file.device)}).eval()"
+        return torch_program(file, [load])
 
     def load(self, bundle: Bundle, options: Options) -> TorchSession:
         import torch

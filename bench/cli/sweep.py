@@ -22,10 +22,11 @@ from bench.cli.options import (
     default_place,
     shown_progress,
 )
-from bench.errors import Terminated
+from bench.errors import EXIT_BAD_INPUT, BenchError, Terminated
 
 # With what is over after it, a sweep of all variants of the article's network takes less than ten minutes on two cores.
 SWEEP_TIME_LIMIT_S = 480.0
+SWEEP_ENDING = "-sweep"
 
 
 def sweep_command(
@@ -86,7 +87,7 @@ def sweep_command(
     from bench.sweep.folder import OPTION, SweepFolder
     from bench.sweep.sweep import run_sweep
 
-    target = out or default_place(bundle, "-sweep")
+    target = out or default_place(bundle, SWEEP_ENDING)
     request = SweepRequest(
         command=command_line(),
         path=bundle.absolute(),
@@ -114,10 +115,21 @@ def sweep_command(
 
 
 def recommend_command(
-    sweep: Annotated[Path, typer.Argument(metavar="SWEEP.JSON|FOLDER", help="What bench sweep wrote.")],
+    sweep: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="SWEEP.JSON|FOLDER",
+            help="What bench sweep wrote. Default: where it writes by default, artifacts/results/<bundle>-sweep",
+            show_default=False,
+        ),
+    ] = None,
     max_p99_ms: Annotated[
         float | None,
-        typer.Option("--max-p99-ms", min=0, help="The largest throughput whose p99, end to end, is not above this."),
+        typer.Option(
+            "--max-p99-ms",
+            min=0,
+            help="The largest throughput whose p99, end to end, is not above this with 95 % confidence.",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Of this batch size only. Default: of all.")
@@ -125,6 +137,7 @@ def recommend_command(
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Where the recommendation goes. Default: nowhere.")
     ] = None,
+    bundle: BundleOption = DEFAULT_BUNDLE,
     triton: Annotated[
         Path | None,
         typer.Option(
@@ -142,11 +155,19 @@ def recommend_command(
     from bench.report.terminal.sweep import print_recommendation
     from bench.results.files import check_writable, write_result
     from bench.results.load import read_sweep
+    from bench.results.studies import SWEEP_FILE
     from bench.sweep.recommend import recommend
 
     if json is not None:
         check_writable(json)
-    swept = read_sweep(sweep)
+    place = sweep or default_place(bundle, SWEEP_ENDING)
+    if sweep is None and not (place / SWEEP_FILE).exists():
+        raise BenchError(
+            f"there is no sweep of {bundle} at {place}. Make it (bench sweep --bundle {bundle}), or name the file or "
+            "the folder of another.",
+            EXIT_BAD_INPUT,
+        )
+    swept = read_sweep(place)
     recommendation = recommend(swept, max_p99_ms, batch_size)
     print_recommendation(recommendation, swept, console())
     if json is not None:

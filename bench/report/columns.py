@@ -13,7 +13,15 @@ from typing import Any
 
 from bench.machine.findings import Finding
 from bench.report.table import Cell, Column, Look, Scalar
-from bench.report.wording import NOTHING, TIMING_WORDS, milliseconds, per_s, ratio_words, spread_words
+from bench.report.wording import (
+    NOTHING,
+    TIMING_WORDS,
+    binding_words,
+    milliseconds,
+    per_s,
+    ratio_words,
+    spread_words,
+)
 from bench.results.compare import Compared
 from bench.results.parity import ParityVerdict
 from bench.results.queries import champion, finished_rows, right_rows
@@ -272,7 +280,12 @@ MEMORY: Column[Measured] = Column(
     rounded(".1f"),
     fields={"memory_percent_of_peak": itself},
 )
-BINDS: Column[Measured] = Column("what binds", of_point(lambda point: point.binds), fields={"binds": itself})
+BINDS: Column[Measured] = Column(
+    "what binds",
+    of_point(lambda point: point),
+    binding_words,
+    fields={"binds": lambda point: str(point.binds)},
+)
 ENERGY: Column[Measured] = Column(
     "mJ an image",
     of_row(lambda row: row.energy_per_image_j or None),
@@ -337,7 +350,7 @@ def of_file(field: str) -> Callable[[Judged], Any]:
 def memory(field: str, name: str) -> Column[Judged]:
     """The most that its process held."""
     return Column(
-        f"peak {name} MiB",
+        f"peak {name} memory of its process, MiB",
         lambda item: getattr(item.subject, field),
         lambda held: f"{held / MIB:,.0f}",
         fields={field: itself},
@@ -515,15 +528,16 @@ NORMS: tuple[Column[Norm], ...] = (
 )
 CANDIDATES: tuple[Column[Candidate], ...] = (
     Column("backend", lambda candidate: f"{candidate.backend} {candidate.variant}", words=True),
-    Column("threads", lambda candidate: candidate.threads),
+    Column("threads", lambda candidate: candidate.threads, wide=True),
     Column("batch", lambda candidate: candidate.batch_size, whole),
     Column("images/s", lambda candidate: candidate.throughput_images_per_s, spread_words),
-    Column("p99, ms", lambda candidate: candidate.latency_ms.p99, milliseconds),
+    Column("p99, ms", lambda candidate: candidate.latency_ms.p99, milliseconds, wide=True),
+    Column("p99, at most", lambda candidate: candidate.latency_ms.p99_upper, milliseconds),
     Column("× torch", lambda candidate: candidate.times_torch, ratio_text(".3g")),
     Column("top-1 %", lambda candidate: candidate.top1_percent, rounded(".2f")),
-    Column("flips", lambda candidate: candidate.flips, whole),
+    Column("flips", lambda candidate: candidate.flips, whole, wide=True),
     Column("file, MB", lambda candidate: candidate.file_bytes / 1e6, rounded(".2f")),
-    Column("memory, MiB", lambda candidate: candidate.memory_bytes / MIB, rounded(".0f")),
+    Column("memory of its process, MiB", lambda candidate: candidate.memory_bytes / MIB, rounded(".0f"), wide=True),
 )
 
 

@@ -52,7 +52,7 @@ def _run(result: Result, raw_bytes_per_image: int) -> Iterator[str]:
     yield parity_table(result)
     yield "### Speed"
     yield speed(result)
-    peaks = [] if result.survey is None else list(sentences.peaks(result.survey, raw_bytes_per_image))
+    peaks = [] if result.survey is None else list(sentences.peaks(result.survey, result.roofline, raw_bytes_per_image))
     yield bullets(peaks or ["the machine's peaks could not be measured, so no shares of them are known"])
     if controlled := columns.compared_files(result, "control"):
         yield "### Folded against unfolded: throughput, paired by round, with its 95 % interval"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from bench.machine.sensors import Reading
 from bench.report.wording import TIMING_WORDS, milliseconds, number, per_s, spread_words
 from bench.results.queries import champion, right_rows, subject_of
-from bench.results.roofline import Survey
+from bench.results.roofline import BINDS_FROM_PERCENT, Point, Survey, held_to
 from bench.results.schema import Result, SubjectResult
 from bench.results.studies import LeftOut, suite_run_of
 from bench.results.terms import TIMINGS
@@ -105,18 +105,21 @@ def _runtimes(result: Result) -> Iterator[tuple[str, str]]:
         yield from ((name, str(subject.settings[name])) for name in VERSIONS if name in subject.settings)
 
 
-def peaks(survey: Survey, raw_bytes_per_image: int | None) -> Iterator[str]:
-    """What the shares are shares of and, where the raw input's size is known, what end-to-end rows can't exceed."""
+def peaks(survey: Survey, points: Sequence[Point], raw_bytes_per_image: int | None) -> Iterator[str]:
+    """What the shares are shares of, and what reached it; what binding means; and, where the raw input's size is known,
+    what end-to-end rows can't exceed.
+    """
     work = survey.work
     yield (
         f"the model's work: {work.flops_per_image * 1e-6:,.3g} MFLOP and {work.activation_bytes_per_image * 1e-3:,.3g} "
-        f"kB an image, {work.weight_bytes * 1e-6:,.3g} MB of weights a call"
+        f"kB an image, {work.weight_bytes * 1e-6:,.3g} MB of weights a call, in float32"
     )
-    for peak in survey.peaks:
+    for peak in held_to(survey, points):
+        unit = "Gop/s" if peak.precision == "int8" else "GFLOP/s"
         yield (
-            f"measured peaks of {peak.device}, of which % of arithmetic and % of memory are shares: "
-            f"{peak.flops_per_s * 1e-12:,.3g} TFLOP/s in one matrix product, {peak.copy_bytes_per_s * 1e-9:,.3g} GB/s "
-            "in one copy, reading and writing counted"
+            f"the peak of {peak.device} for {peak.precision} files, of which % of arithmetic and % of memory are "
+            f"shares: {peak.flops_per_s * 1e-9:,.0f} {unit} ({peak.flops_probe}) and "
+            f"{peak.copy_bytes_per_s * 1e-9:,.3g} GB/s, reading and writing counted ({peak.copy_probe})"
         )
         if peak.host_to_device_bytes_per_s is not None and raw_bytes_per_image is not None:
             yield (
@@ -124,6 +127,10 @@ def peaks(survey: Survey, raw_bytes_per_image: int | None) -> Iterator[str]:
                 f"to the device was measured at {peak.host_to_device_bytes_per_s * 1e-9:,.3g} GB/s, which is "
                 f"{per_s(peak.host_to_device_bytes_per_s / raw_bytes_per_image)} images/s for the copy alone"
             )
+    yield (
+        f"what binds is the resource that a row uses most, if that is at least {BINDS_FROM_PERCENT:g} % of its peak; "
+        "else overheads, and how much of the time on the device arithmetic or memory accounts for"
+    )
 
 
 def readings(series: Sequence[Reading]) -> Iterator[str]:

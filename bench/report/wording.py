@@ -5,6 +5,7 @@ Owns how many digits are shown and how an interval is written. Knows neither tab
 
 from __future__ import annotations
 
+from bench.results.roofline import Point
 from bench.results.schema import Result
 from bench.results.statistics import MedianRatio, PairedRatio, Spread
 from bench.results.terms import Timing
@@ -47,6 +48,11 @@ def rounds_words(result: Result) -> str:
     ended = " (interrupted)" if result.interrupted else " (time limit)" if short else ""
     processes = f"{len(rounds)} processes" if len(rounds) != 1 else "1 process"
     return f"{processes} of {each} rounds{ended}"
+
+
+def binding_words(point: Point) -> str:
+    """What binds a row; for one that nothing binds, how much of its time the roofline accounts for."""
+    return f"overheads ({point.accounted_percent:.0f} % accounted for)" if point.binds == "overheads" else point.binds
 
 
 def number(value: float | None, digits: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from bench.machine.environment import BUSY_PERCENT
-from bench.results.roofline import Peak, Point, Survey, launch_seconds, place_row
+from bench.results.roofline import Point, Rate, Survey, place
 from bench.results.schema import Against, Percentiles, Ratio, Result, Row, Sample, SubjectResult
 from bench.results.statistics import (
     CONFIDENCE,
@@ -170,24 +170,25 @@ def _percentiles(samples: Sequence[Sample], subject: str, batch_size: int, timin
 
 
 def roofline(rows: Sequence[Row], subjects: Sequence[SubjectResult], surveyed: Survey | None) -> tuple[Point, ...]:
-    """Every row's place under the roofline of its device, where that was measured."""
+    """The place under the roofline of its device, where that was measured, of every row but those that are wrong: who
+    knows whether they did the work.
+    """
     if surveyed is None:
         return ()
-    by_device: dict[str, Peak] = {peak.device: peak for peak in surveyed.peaks}
-    points = []
-    for subject in subjects:
-        its_rows = sorted((row for row in rows if row.subject == subject.label), key=lambda row: row.batch_size)
-        peak = by_device.get(subject.device)
-        if not its_rows or peak is None:
-            continue
-        smallest, work = its_rows[0], surveyed.work
-        launches = launch_seconds(
-            smallest.batch_size, smallest.device_resident_throughput_images_per_s.median, work, peak
+    rates = [
+        Rate(
+            subject.label,
+            row.batch_size,
+            subject.device,
+            subject.file.precision,
+            row.device_resident_throughput_images_per_s.median,
+            row.end_to_end_throughput_images_per_s.median,
         )
-        for row in its_rows:
-            device, whole = row.device_resident_throughput_images_per_s, row.end_to_end_throughput_images_per_s
-            points.append(place_row(row.subject, row.batch_size, device.median, whole.median, launches, work, peak))
-    return tuple(points)
+        for subject in subjects
+        for row in sorted((row for row in rows if row.subject == subject.label), key=lambda row: row.batch_size)
+        if subject.device != "none" and subject.file is not None and (subject.parity is None or subject.parity.passed)
+    ]
+    return place(rates, surveyed)
 
 
 def ratios(

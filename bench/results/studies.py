@@ -97,7 +97,7 @@ class Candidate(Frozen):
 
     `times_torch` is the throughput over the eager reference's with all threads, on the same device and in the same
     rounds; None for the reference itself. `exact`: it says of every image what the oracle says. `memory_bytes` is what
-    its process held at most, host and GPU together.
+    its process held at most, host and GPU together, with all batch sizes that were measured in it.
     """
 
     label: str
@@ -118,7 +118,9 @@ class Candidate(Frozen):
 
 
 class Pick(Frozen):
-    """The best in one respect. `command` measures it again; `program` runs that very file, without ninefold."""
+    """The best in one respect. `command` measures it again; `program` runs that very file as it was measured, without
+    ninefold.
+    """
 
     respect: str
     candidate: Candidate

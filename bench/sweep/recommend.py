@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 
-from bench.backends.contract import Runnable
+from bench.backends.contract import Runnable, Setting
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
 from bench.results.parity import ParityVerdict
 from bench.results.queries import right_rows, subject_of
@@ -125,7 +125,7 @@ Best = Callable[[Sequence[Candidate]], Candidate | None]
 
 def respects(max_p99_ms: float | None) -> dict[str, Best]:
     """By the name of each respect, what finds the best in it."""
-    latency = "lowest p99" if max_p99_ms is None else f"largest throughput under {max_p99_ms:g} ms p99"
+    latency = "lowest p99" if max_p99_ms is None else f"largest throughput with a p99 of at most {max_p99_ms:g} ms"
     return {
         "largest throughput": fastest,
         latency: quickest if max_p99_ms is None else lambda measured: fastest_under(measured, max_p99_ms),
@@ -152,18 +152,22 @@ def smallest(measured: Sequence[Candidate]) -> Candidate | None:
 
 
 def fastest_under(measured: Sequence[Candidate], max_p99_ms: float) -> Candidate:
-    """The largest throughput whose p99 is at most that. Raises BenchError (negative) where there is none."""
-    best = fastest([candidate for candidate in measured if _p99(candidate) <= max_p99_ms])
+    """The largest throughput whose p99 is at most that with 95 % confidence: its upper bound is, and who made too few
+    calls to have one does not hold it. Raises BenchError (negative) where there is none.
+    """
+    bounded = [candidate for candidate in measured if candidate.latency_ms.p99_upper is not None]
+    best = fastest([candidate for candidate in bounded if _p99_upper(candidate) <= max_p99_ms])
     if best is None:
-        nearest = quickest(measured)
+        nearest = min(bounded, key=_p99_upper, default=None)
         instead = (
-            "no p99 is known: too few calls were made"
+            "no upper bound of a p99 is known: too few calls were made"
             if nearest is None
-            else (
-                f"the lowest p99 is {nearest.latency_ms.p99:,.4g} ms, of {nearest.label} at batch {nearest.batch_size}"
-            )
+            else f"the lowest bound is {_p99_upper(nearest):,.4g} ms, of {nearest.label} at batch {nearest.batch_size}"
         )
-        raise BenchError(f"nothing in this sweep has a p99 of at most {max_p99_ms:g} ms; {instead}.", EXIT_NEGATIVE)
+        raise BenchError(
+            f"nothing in this sweep has, with 95 % confidence, a p99 of at most {max_p99_ms:g} ms; {instead}.",
+            EXIT_NEGATIVE,
+        )
     return best
 
 
@@ -180,7 +184,7 @@ def command(sweep: Sweep, candidate: Candidate) -> str:
 
 
 def program(sweep: Sweep, candidate: Candidate) -> str:
-    """What runs the file, without ninefold."""
+    """What runs the file as it was measured, without ninefold."""
     return snippet(
         candidate.backend,
         Runnable(
@@ -190,8 +194,15 @@ def program(sweep: Sweep, candidate: Candidate) -> str:
             input=input_of(sweep, candidate),
             output=sweep.output,
             preprocessing=sweep.preprocessing,
+            settings=settings_of(sweep, candidate),
         ),
     )
+
+
+def settings_of(sweep: Sweep, candidate: Candidate) -> dict[str, Setting]:
+    """What the measured session said of itself."""
+    subjects = (subject for result in sweep.runs for subject in result.subjects)
+    return next((subject.settings for subject in subjects if subject.label == candidate.label), {})
 
 
 def input_of(sweep: Sweep, candidate: Candidate) -> TensorSpec:
@@ -205,3 +216,7 @@ def _throughput(candidate: Candidate) -> float:
 
 def _p99(candidate: Candidate) -> float:
     return float("inf") if candidate.latency_ms.p99 is None else candidate.latency_ms.p99
+
+
+def _p99_upper(candidate: Candidate) -> float:
+    return float("inf") if candidate.latency_ms.p99_upper is None else candidate.latency_ms.p99_upper

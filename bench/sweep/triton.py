@@ -119,8 +119,8 @@ def queue_delay_us(candidate: Candidate, max_p99_ms: float | None) -> int:
     call_ms = 1e3 * candidate.batch_size / candidate.throughput_images_per_s.median
     left_ms = (
         float("inf")
-        if max_p99_ms is None or candidate.latency_ms.p99 is None
-        else max_p99_ms - candidate.latency_ms.p99
+        if max_p99_ms is None or candidate.latency_ms.p99_upper is None
+        else max_p99_ms - candidate.latency_ms.p99_upper
     )
     return int(1e3 * min(call_ms, left_ms))
 

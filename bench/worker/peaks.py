@@ -1,40 +1,39 @@
-"""The model's work and the machine's two peaks, for the roofline.
+"""The model's work and the machine's peaks, for the roofline.
 
-Owns counting the work of a program, and measuring one matrix product and one copy. Both happen in a process of their
-own, like everything that imports a runtime."""
+Owns counting the work of a program, and which probes (`bench.worker.probes`) make up the peak of a device for files of
+a precision. Both happen in a process of their own, like everything that imports a runtime."""
 
 from __future__ import annotations
 
 import multiprocessing
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.backends.contract import Profile
+from bench.backends.contract import Options, Profile
+from bench.results.roofline import Peak, RooflineDevice, Survey, Work
+from bench.worker import probes
 from bench.worker.interrupts import interrupts_held_back, take_no_interrupts
+from bench.worker.probes import Best
+from export.bundle import FLOAT32
 
 if TYPE_CHECKING:
     import torch
 
     from export.bundle import Bundle
-from bench.results.roofline import Peak, RooflineDevice, Survey, Work
 
-PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
-COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
-HOST_COPY_BYTES = 2**28
-PEAK_CALLS, WARM_UP_CALLS = 7, 2
 COUNTED = ("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose", "linear", "addmm", "mm", "matmul", "pool")
 
 
 def survey(
     bundle: Path, devices: tuple[RooflineDevice, ...], threads: int, profile: Profile, timeout_s: float
 ) -> Survey | None:
-    """Count the bundle's work and measure the devices' peaks; None for a bundle without a torch.export program, and
-    where that failed: a roofline is a comment on a run, not a reason to end it.
+    """Count the bundle's work and measure the devices' peaks for every precision of its files: some seconds. None for
+    a bundle without a torch.export program, and where that failed: a roofline is a comment on a run, not a reason to
+    end it.
     """
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=take_no_interrupts)
     try:
@@ -50,18 +49,23 @@ def survey(
 
 
 def _survey(place: Path, devices: tuple[RooflineDevice, ...], threads: int, profile: Profile) -> Survey | None:
-    from bench.backends.contract import Options
+    import torch
+
     from bench.backends.torch_program import read_program
     from bench.backends.torch_runtime import configure_torch
     from export.bundle import Bundle, BundleError
 
-    configure_torch(Options(threads, profile))
+    options = Options(threads, profile)
+    configure_torch(options)
+    torch.backends.cudnn.benchmark = True  # the fastest convolution that there is
     bundle = Bundle.open(place)
     try:
         program = read_program(bundle.locate(bundle.entry("pt2", folded=False)))
     except BundleError:
         return None
-    return Survey(count(bundle, program), tuple(_peak(device) for device in devices))
+    precisions = sorted({FLOAT32, *(entry.precision for entry in bundle.manifest.files)})
+    peaks = tuple(peak for device in devices for peak in _peaks(device, precisions, options))
+    return Survey(count(bundle, program), peaks)
 
 
 def count(bundle: Bundle, program: torch.export.ExportedProgram) -> Work:
@@ -90,7 +94,8 @@ def count(bundle: Bundle, program: torch.export.ExportedProgram) -> Work:
             return result
 
     images = 2
-    batch = bundle.manifest.preprocessing.apply(bundle.oracle().raw[:images], bundle.manifest.input.shape)
+    raw = bundle.oracle().raw[:images]
+    batch = bundle.manifest.preprocessing.apply(raw, bundle.manifest.input.shape)
     flops = FlopCounterMode(display=False)
     with torch.no_grad(), flops, Bytes():  # type: ignore[no-untyped-call]
         exported(torch.from_numpy(batch))
@@ -98,35 +103,29 @@ def count(bundle: Bundle, program: torch.export.ExportedProgram) -> Work:
         flops_per_image=flops.get_total_flops() / images,
         activation_bytes_per_image=moved["activations"] / images,
         weight_bytes=sum(used.values()),
+        raw_bytes_per_image=raw.nbytes / len(raw),
     )
 
 
-def _peak(device: RooflineDevice) -> Peak:
-    import torch
+def _peaks(device: RooflineDevice, precisions: Sequence[str], options: Options) -> Iterator[Peak]:
+    """The peak of the device for files of each of the precisions."""
+    copy = max(probes.copies(device), key=_per_s)
+    link = probes.host_to_device_bytes_per_s() if device == "cuda" else None
+    wide = max(probes.arithmetic(device, FLOAT32, options), key=_per_s)
 
-    size, bytes_ = PRODUCT_SIZE[device], COPY_BYTES[device]
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    product = torch.empty_like(a)
-    source, target = (torch.zeros(bytes_ // 4, device=device) for _ in range(2))
-    flops_per_s = 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=product), device)
-    copy_bytes_per_s = 2 * bytes_ / _seconds(lambda: target.copy_(source), device)
-    if device == "cpu":
-        return Peak(device, flops_per_s, copy_bytes_per_s)
-    pinned = torch.zeros(HOST_COPY_BYTES // 4, pin_memory=True)
-    near = target[: len(pinned)]
-    to_device = HOST_COPY_BYTES / _seconds(lambda: near.copy_(pinned, non_blocking=True), device)
-    return Peak(device, flops_per_s, copy_bytes_per_s, to_device)
+    @cache
+    def best(precision: str) -> Best:
+        reached = wide
+        for place, probe in enumerate(probes.arithmetic(device, precision, options)):
+            if place == 0 and probe.per_s < probes.NATIVE_FROM * wide.per_s:
+                break
+            reached = max(reached, probe, key=_per_s)
+        return reached
+
+    for precision in precisions:
+        most = max([wide, *map(best, probes.narrower(device, precision, options.profile))], key=_per_s)
+        yield Peak(device, most.per_s, copy.per_s, link, precision, most.words, copy.words)
 
 
-def _seconds(call: Callable[[], object], device: RooflineDevice) -> float:
-    """The median of a few calls, each complete on the device."""
-    import torch
-
-    durations = []
-    for _ in range(WARM_UP_CALLS + PEAK_CALLS):
-        before = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        durations.append(time.perf_counter() - before)
-    return statistics.median(durations[WARM_UP_CALLS:])
+def _per_s(best: Best) -> float:
+    return best.per_s

@@ -19,14 +19,18 @@ from export.bundle import Bundle
 from export.bundle.verdict import Flip
 
 MB = 10**6
+BOUND = 1.1
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is found for a choice: by batch size, images per second and p99 in ms, end to end."""
+    """What is found for a choice: by batch size, images per second, and p99 in ms with its upper bound, end to end. The
+    bound is `BOUND` times the p99 where none is given.
+    """
 
     per_s: Mapping[int, float] = field(default_factory=lambda: {1: 100.0})
     p99_ms: Mapping[int, float] = field(default_factory=dict)
+    p99_upper_ms: Mapping[int, float | None] | None = None
     flips: int = 0
     top1_percent: float = 99.0
     file: str = "model.onnx"
@@ -75,7 +79,11 @@ def result_of(template: Result, world: World, bundle: Bundle, most_threads: int 
         }
         subjects.append(real.model_copy(update=changes if figures.loaded else changes | {"placement": None}))
         for batch_size, per_s in {} if figures.failure else figures.per_s.items():
-            rows.append(_row(row, label, batch_size, per_s, figures.p99_ms.get(batch_size)))
+            p99_ms = figures.p99_ms.get(batch_size)
+            upper_ms = None if p99_ms is None else BOUND * p99_ms
+            if figures.p99_upper_ms is not None:
+                upper_ms = figures.p99_upper_ms.get(batch_size)
+            rows.append(_row(row, label, batch_size, per_s, p99_ms, upper_ms))
             torch = world.get(TORCH)
             if torch is not None and choice != TORCH:
                 ratios.append(_ratio(label, batch_size, per_s / torch.per_s[batch_size]))
@@ -85,10 +93,10 @@ def result_of(template: Result, world: World, bundle: Bundle, most_threads: int 
     return template.model_copy(update=changed | {"settings": settings, "samples": (), "skipped": ()})
 
 
-def _row(row: Row, label: str, batch_size: int, per_s: float, p99_ms: float | None) -> Row:
+def _row(row: Row, label: str, batch_size: int, per_s: float, p99_ms: float | None, p99_upper_ms: float | None) -> Row:
     spread = Spread(per_s, per_s, per_s, per_s * 0.99, per_s * 1.01, 7)
     call_ms = 1e3 * batch_size / per_s
-    latency = Percentiles(p50=call_ms, p50_upper=None, p90=None, p90_upper=None, p99=p99_ms, p99_upper=None)
+    latency = Percentiles(p50=call_ms, p50_upper=None, p90=None, p90_upper=None, p99=p99_ms, p99_upper=p99_upper_ms)
     return row.model_copy(
         update={
             "subject": label,
@@ -162,7 +170,9 @@ class Machine:
         if (error := self.errors.get(len(self.plans))) is not None:
             raise error
         progress("rounds", 0.5)
-        assert plan.choices is not None
-        sizes = plan.batch_sizes
-        world = {choice: self.world.get(choice, Figures(dict.fromkeys(sizes, 100.0))) for choice in plan.choices}
+        choices, rounds = plan.selection.choices, plan.rounds
+        assert choices is not None
+        assert rounds is not None
+        sizes = rounds.batch_sizes
+        world = {choice: self.world.get(choice, Figures(dict.fromkeys(sizes, 100.0))) for choice in choices}
         return result_of(self.template, world, self.bundle, plan.threads)

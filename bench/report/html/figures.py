@@ -24,7 +24,7 @@ from bench.report.html.plot import (
     short,
 )
 from bench.report.png import PANELS
-from bench.report.wording import TIMING_WORDS, milliseconds, number, spread_words
+from bench.report.wording import TIMING_WORDS, binding_words, milliseconds, number, spread_words
 from bench.results.parity import ParityVerdict
 from bench.results.queries import finished_rows, tailed_rows
 from bench.results.roofline import Point
@@ -174,7 +174,7 @@ def roofline(result: Result, table: str) -> Iterator[Html]:
         return
     x = batch_axis(sorted({point.batch_size for point in points}))
     shares = [share for point in points for share in (point.arithmetic_percent, point.memory_percent)]
-    for kind, words in (("arithmetic", "% of one matrix product's FLOP/s"), ("memory", "% of one copy's bytes/s")):
+    for kind, words in (("arithmetic", "% of the peak's FLOP/s"), ("memory", "% of the peak's bytes/s")):
         y = percent_axis(words, shares)
         marks = [(point.subject, _roofline_mark(point, kind)) for point in points]
         what = f"Share of the measured peak of {kind} that each backend reaches, over the batch size."
@@ -189,7 +189,7 @@ def finished_points(result: Result) -> list[Point]:
 
 def _roofline_mark(point: Point, kind: str) -> Mark:
     share = point.arithmetic_percent if kind == "arithmetic" else point.memory_percent
-    words = f"{point.subject}, batch {point.batch_size:,}: {number(share, '.1f')} %, bound by {point.binds}"
+    words = f"{point.subject}, batch {point.batch_size:,}: {number(share, '.1f')} %, what binds: {binding_words(point)}"
     return Mark(point.batch_size, point.batch_size, share, words)
 
 

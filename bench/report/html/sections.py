@@ -254,8 +254,8 @@ def _roofline(result: Result, prefix: str) -> Html:
     charts = list(figures.roofline(result, id_))
     if result.survey is None or not charts:
         return _section("Roofline", "The machine's peaks were not measured, so no shares of them are known.")
-    words = "How near each row comes to what one matrix product and one copy reach on this machine."
-    peaks = _bullets(sentences.peaks(result.survey, None))
+    words = "How near each row comes to the best that this machine was seen to do in its precision."
+    peaks = _bullets(sentences.peaks(result.survey, result.roofline, None))
     return _section("Roofline", words, element("div", charts, class_="charts"), tables.roofline(result, id_), peaks)
 
 

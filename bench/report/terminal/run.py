@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from rich.console import Console
 from rich.markup import escape
 
-from bench.report import columns, warnings
-from bench.report.columns import Measured
+from bench.report import columns, sentences, warnings
 from bench.report.terminal.around import print_absent, print_machine, print_warnings
 from bench.report.terminal.parity import print_failed
 from bench.report.terminal.table import print_table
@@ -42,8 +39,7 @@ def print_run(result: Result, out: Console) -> None:
         )
         _print_sensors(result, out)
     if result.survey is not None:
-        placed = [item for item in columns.measured(result) if columns.point_of(item) is not None]
-        _print_roofline(result.survey, placed, out)
+        _print_roofline(result, result.survey, out)
     compared: dict[Against, str] = {"control": "folded against unfolded", "base": "each bundle against the first"}
     for against, title in compared.items():
         if ratios := columns.compared_files(result, against):
@@ -53,19 +49,14 @@ def print_run(result: Result, out: Console) -> None:
     print_absent(result.subjects, result.skipped, out)
 
 
-def _print_roofline(survey: Survey, items: Iterable[Measured], out: Console) -> None:
+def _print_roofline(result: Result, survey: Survey, out: Console) -> None:
     """The model's work, the machine's peaks, and the share that each row reaches."""
-    peaks = "; ".join(
-        f"{peak.device} {peak.flops_per_s * 1e-9:,.0f} GFLOP/s, {peak.copy_bytes_per_s * 1e-9:,.1f} GB/s"
-        for peak in survey.peaks
-    )
-    work = survey.work
-    out.print(
-        f"[bold]roofline[/]: {work.flops_per_image * 1e-6:,.3g} MFLOP and "
-        f"{work.activation_bytes_per_image * 1e-3:,.3g} kB an image, "
-        f"{work.weight_bytes * 1e-6:,.3g} MB of weights a call; measured peaks: {peaks}"
-    )
-    print_table(columns.ROOFLINE, items, out)
+    first, *others = sentences.peaks(survey, result.roofline, None)
+    out.print(f"[bold]roofline[/]: {escape(first)}", soft_wrap=True)
+    for line in others:
+        out.print(escape(line), soft_wrap=True)
+    placed = [item for item in columns.measured(result) if columns.point_of(item) is not None]
+    print_table(columns.ROOFLINE, placed, out)
 
 
 def _print_sensors(result: Result, out: Console) -> None:

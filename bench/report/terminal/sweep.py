@@ -39,7 +39,9 @@ def print_recommendation(recommendation: Recommendation, sweep: Sweep, out: Cons
     out.print(
         "images/s, p99 and × torch are end to end, from raw input to logits; × torch: throughput over eager torch's\n"
         "with all threads, paired by round, with its 95 % bootstrap interval. –: too few samples, or nothing to\n"
-        "compare. On the front is whom no other beats in images/s, p99, top-1, file size and memory at once.\n"
+        "compare. p99 at most: what it does not exceed with 95 % confidence. Memory is the most that its process\n"
+        "held, host and GPU together, with every batch size that ran in it. On the front is whom no other beats in\n"
+        "images/s, p99, top-1, file size and memory at once.\n"
     )
     for pick, respects in _by_candidate(recommendation.picks):
         out.print(f"[bold]{escape(', '.join(respects))}[/]: {escape(_figures(pick.candidate))}", soft_wrap=True)
@@ -63,10 +65,10 @@ def _figures(candidate: Candidate) -> str:
     facts = [
         f"{candidate.file} on {candidate.backend}, threads {candidate.threads}, batch {candidate.batch_size}",
         f"{spread_words(candidate.throughput_images_per_s)} images/s",
-        f"p99 {milliseconds(candidate.latency_ms.p99)} ms",
+        f"p99 {milliseconds(candidate.latency_ms.p99)} ms, at most {milliseconds(candidate.latency_ms.p99_upper)}",
         f"× torch {ratio_words(candidate.times_torch, '.3g')}",
         f"top-1 {number(candidate.top1_percent, '.2f')} %, {number(candidate.flips, '')} flips",
         f"{candidate.file_bytes / 1e6:.2f} MB",
-        f"{candidate.memory_bytes / 2**20:.0f} MiB of memory",
+        f"memory of its process {candidate.memory_bytes / 2**20:.0f} MiB",
     ]
     return "; ".join(facts)

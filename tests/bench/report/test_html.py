@@ -19,6 +19,7 @@ from report_pages import many, with_parity, with_tails
 from bench.backends.contract import Profile
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
+from bench.report.columns import ratio_text
 from bench.report.html.document import html_page
 from bench.report.html.markup import Html, element, prose
 from bench.report.html.pictures import data_uri
@@ -79,7 +80,7 @@ def test_the_page_says_what_the_result_says(result: Result) -> None:
     assert [row[:2] for row in parity] == [["onnx-cpu", "pass"], ["onnx-cpu:unfolded", "pass"]]
     ratio = result.ratios[0].throughput_ratio
     folded = section(page, "Before and after folding")
-    assert f"{ratio.median:.3f} ({ratio.low:.3f}…{ratio.high:.3f})" in folded
+    assert ratio_text(".3f")(ratio) in folded
     assert result.environment.cpu in section(page, "Environment")
     assert page.count("<svg class") >= page.count('role="img"') > 7
 

@@ -9,6 +9,7 @@ from report_pages import with_parity
 from rich.console import Console
 
 from bench.backends.contract import Profile
+from bench.report.columns import ratio_text
 from bench.report.terminal.console import WIDE
 from bench.report.terminal.machine import print_backends
 from bench.report.terminal.parity import FLIPS_SHOWN, print_parity
@@ -85,7 +86,7 @@ def test_a_run_has_every_column(result: Result) -> None:
 def test_the_control_has_its_ratio_and_interval(result: Result) -> None:
     text = shown(result, print_run)
     ratio = next(r for r in result.ratios if r.batch_size == 8 and r.timing == "device_resident").throughput_ratio
-    assert f"{ratio.median:.3f} ({ratio.low:.3f}…{ratio.high:.3f})" in text
+    assert ratio_text(".3f")(ratio) in text
 
 
 def test_failures_are_named_and_the_table_still_there(failed: Result) -> None:

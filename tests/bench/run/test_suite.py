@@ -20,6 +20,7 @@ from bench.cli.exit_codes import suite_exit_code
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.machine.findings import Finding, Severity
+from bench.report.columns import ratio_text
 from bench.report.pages import page
 from bench.report.png import COLOURS, _style, draw_latency, draw_throughput
 from bench.report.suite import JSON_NAME, PAGE_NAME, write_suite
@@ -258,7 +259,7 @@ def test_the_page_says_what_the_result_says(suite: Suite, result: Result) -> Non
         assert shown[2].endswith(f"±{device.half_width_percent:.1f}%")
     folded = cells(told, "Folded against unfolded")
     ratio = result.ratios[0].throughput_ratio
-    words = f"{ratio.median:.3f} ({ratio.low:.3f}…{ratio.high:.3f})"
+    words = ratio_text(".3f")(ratio)
     assert folded[0] == ["onnx-cpu", "onnx-cpu:unfolded", "1", words, folded[0][4], "7"]
     parity = cells(told, "Parity")
     assert [row[0] for row in parity] == ["onnx-cpu", "onnx-cpu:unfolded"]

@@ -97,12 +97,14 @@ def test_everything_is_looked_at_with_the_reference_in_every_run(swept: Callable
     sweep = swept()
     first, second, full = machine.plans
     files = [Choice("onnx-cpu", variant, 2) for variant in ("float32", "int8", "int8-raw")]
-    assert first.choices == (TORCH, *files)
-    assert second.choices == (TORCH, *(replace(choice, threads=1) for choice in (TORCH, *files)))
+    assert first.selection.choices == (TORCH, *files)
+    assert second.selection.choices == (TORCH, *(replace(choice, threads=1) for choice in (TORCH, *files)))
     assert (first.rounds, second.rounds, full.rounds) == (LOOK_ROUNDS, LOOK_ROUNDS, None)
     assert first.time_limit_s is None, "all rounds of a look are made"
     assert full.time_limit_s == pytest.approx(100, abs=2)
-    assert set(full.choices or ()) == {*first.choices, *(second.choices or ())}, "who is as fast as the best stays"
+    assert set(full.selection.choices or ()) == {*first.selection.choices, *(second.selection.choices or ())}, (
+        "who is as fast as the best stays"
+    )
     assert sweep.looks[1].subjects[1].label == "torch-cpu/1"
     assert sweep.skipped == ()
     assert sweep_exit_code(sweep) == 0
@@ -118,7 +120,7 @@ def test_other_threads_and_presets_are_for_what_is_worth_it(swept: Callable[...,
     }
     sweep = swept(backends=("onnx-cpu", "onnx-cpu-parallel"))
     _, second, _ = machine.plans
-    assert second.choices == (
+    assert second.selection.choices == (
         TORCH,
         *(Choice("onnx-cpu", variant, 1) for variant in ("float32", "int8")),
         *(Choice("onnx-cpu-parallel", variant, threads) for variant in ("float32", "int8") for threads in (1, 2)),
@@ -132,9 +134,9 @@ def test_nobody_named_means_all_that_the_bundle_has_and_that_can_run(
     swept: Callable[..., Sweep], machine: Machine
 ) -> None:
     sweep = swept(backends=(), threads=(2,))
-    run = {choice.backend for plan in machine.plans for choice in plan.choices or ()}
+    run = {choice.backend for plan in machine.plans for choice in plan.selection.choices or ()}
     assert {"torch-cpu", "onnx-cpu", "torchscript-cpu", "onnx-cpu-parallel", "compile-cpu"} <= run
-    looks = [plan.choices for plan in machine.plans if plan.rounds == LOOK_ROUNDS]
+    looks = [plan.selection.choices for plan in machine.plans if plan.rounds.count == LOOK_ROUNDS]
     assert looks[-1] == (TORCH, Choice("compile-cpu", "float32", 2)), "the slowest to start at the end"
     assert not any("cuda" in name or name == "null" for name in run)
     assert reasons(sweep)["onnx-cuda"] == NO_GPU
@@ -146,7 +148,7 @@ def test_on_a_gpu_the_cpus_threads_make_no_choices(
 ) -> None:
     monkeypatch.setattr(bench.sweep.sweep, "availability", lambda threads, timeout_s: dict.fromkeys(BACKENDS))
     swept(backends=("onnx-cuda", "onnx-cpu"), variants=("float32",), batch_sizes=())
-    choices = [(plan.batch_sizes[-1], plan.choices) for plan in machine.plans]
+    choices = [(plan.rounds.batch_sizes[-1], plan.selection.choices) for plan in machine.plans]
     gpu = (Choice("torch-cuda", "float32", 2), Choice("onnx-cuda", "float32", 2))
     cpu = [(256, (TORCH, *others)) for others in ((ONNX,), (ONNX_1,), (ONNX, ONNX_1))]
     assert choices == [(1024, gpu), (1024, gpu), *cpu]
@@ -160,9 +162,11 @@ def test_who_can_win_nothing_is_not_measured_in_full(swept: Callable[..., Sweep]
         INT8: Figures({1: 400, 8: 1000}, flips=3, file_bytes=MB),
     }
     sweep = swept(variants=("float32", "int8"))
-    assert ONNX in (machine.plans[-1].choices or ()), "the fastest without a flip"
-    assert INT8 in (machine.plans[-1].choices or ()), "the fastest of all"
-    assert ONNX_1 in (machine.plans[-1].choices or ()), "close enough to the fastest without a flip, at batch 1"
+    assert ONNX in (machine.plans[-1].selection.choices or ()), "the fastest without a flip"
+    assert INT8 in (machine.plans[-1].selection.choices or ()), "the fastest of all"
+    assert ONNX_1 in (machine.plans[-1].selection.choices or ()), (
+        "close enough to the fastest without a flip, at batch 1"
+    )
     told = reasons(sweep)
     assert {"onnx-cpu:int8/1", "torch-cpu/1"} <= told.keys()
     assert "torch-cpu" not in told, "the reference is measured whatever it can win"
@@ -259,7 +263,7 @@ def test_who_is_wrong_is_out_with_the_reason(
     (choice,) = figures
     backends = () if choice == SCRIPT else ("onnx-cpu",)
     sweep = swept(backends=backends, threads=(2,), variants=("float32", "int8"), batch_sizes=(1,))
-    assert choice not in (machine.plans[-1].choices or ())
+    assert choice not in (machine.plans[-1].selection.choices or ())
     assert words in reasons(sweep).values()
     assert sweep_exit_code(sweep) == code
 
@@ -269,7 +273,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept: Callable[..., Sweep], 
     with pytest.raises(KeyboardInterrupt):
         swept()
     whole = swept()
-    assert [plan.rounds for plan in machine.plans] == [LOOK_ROUNDS, LOOK_ROUNDS, LOOK_ROUNDS, None], (
+    assert [plan.rounds.count for plan in machine.plans] == [LOOK_ROUNDS, LOOK_ROUNDS, LOOK_ROUNDS, None], (
         "no look was made again"
     )
     assert swept().runs == whole.runs
@@ -291,7 +295,7 @@ def test_what_was_measured_otherwise_is_measured_anew(
 def test_more_time_is_for_the_full_rounds(swept: Callable[..., Sweep], machine: Machine) -> None:
     swept()
     swept(time_limit_s=200)
-    assert [plan.rounds for plan in machine.plans] == [LOOK_ROUNDS, LOOK_ROUNDS, None, None]
+    assert [plan.rounds.count for plan in machine.plans] == [LOOK_ROUNDS, LOOK_ROUNDS, None, None]
 
 
 def test_another_library_is_another_run(
@@ -329,7 +333,7 @@ def test_what_the_time_did_not_reach_is_said(
     """The first look is made whatever the time, and so are the full rounds of who was in it."""
     monkeypatch.setattr(bench.sweep.device_runs, "STARTING_PER_CPU", 1)
     sweep = swept(time_limit_s=0)
-    assert [plan.choices for plan in machine.plans] == [(TORCH, ONNX, INT8)] * 2
+    assert [plan.selection.choices for plan in machine.plans] == [(TORCH, ONNX, INT8)] * 2
     missing = [entry.what for entry in sweep.skipped if entry.reason == NOT_REACHED]
     assert missing == ["onnx-cpu:int8-raw", "torch-cpu/1", "onnx-cpu/1", "onnx-cpu:int8/1", "onnx-cpu:int8-raw/1"]
     assert sweep_exit_code(sweep) == EXIT_NEGATIVE
