@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 DEFAULT_BATCH_SIZES = (1, 64, 256)
 DEFAULT_BLOCK_MS = 150.0
 # A run that nobody asked to be long ends within two minutes even where every call is slow.
-DEFAULT_TIME_LIMIT_S = 95.0
+DEFAULT_TIME_LIMIT_S = 110.0
 # Five processes of four backends take half of that for starting, parity and warming up (two cores); the interval of
 # fewer is much wider: Student's factor is 2.8 for five, 4.3 for three.
 DEFAULT_PROCESSES = 5

@@ -10,8 +10,8 @@ from bench.machine.environment import BUSY_PERCENT, Environment
 from bench.results.queries import subject_of
 from bench.results.schema import Result
 
-# The clock's own share of a call, in percent, from which on a row says so.
-TIMER_PERCENT = 0.1
+# The clock's own share of a call, in percent, from which on a row says so; and the operating system's of the CPU time.
+TIMER_PERCENT, SYSTEM_PERCENT = 0.1, 10.0
 
 
 class Disturbance(StrEnum):
@@ -20,6 +20,10 @@ class Disturbance(StrEnum):
     BUSY = "expect these figures to be low and to scatter; run again on a quiet machine"
     SLOWED_GPU = "its figures are of a slower GPU than it is; bench doctor says more"
     CLOCK_FELT = "calls of larger batches tell more of the backend"
+    MEMORY_MAPPED = (
+        "the allocator gives memory back and has it mapped anew at every call, in a user's process too: "
+        "MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 1000000000 keep it (docs/measuring.md)"
+    )
     OTHER_MACHINE = "what differs is in the ratios too; measure both on one machine with the same settings"
 
 
@@ -55,12 +59,18 @@ def of_gpus(result: Result) -> Iterator[Warned]:
 
 
 def of_rows(result: Result) -> Iterator[Warned]:
-    """Rows in which the clock itself is felt."""
+    """Rows in which the clock itself is felt, and subjects whose time goes into the mapping of memory."""
+    mapped: dict[str, list[str]] = {}
     for row in result.rows:
+        if (row.system_share_percent or 0) > SYSTEM_PERCENT:
+            mapped.setdefault(row.subject, []).append(f"{row.system_share_percent:.0f} % at batch {row.batch_size}")
         share = row.timer_share_percent or 0
         if share > TIMER_PERCENT and subject_of(result, row.subject).computes:
             seen = f"{row.subject} at batch {row.batch_size}: the clock itself is {share:.2g} % of a call"
             yield Warned(Disturbance.CLOCK_FELT, seen)
+    for subject, shares in mapped.items():
+        seen = f"{subject}: of its CPU time the operating system takes {', '.join(shares)}"
+        yield Warned(Disturbance.MEMORY_MAPPED, seen)
 
 
 def of_machines(differences: Sequence[str]) -> Iterator[Warned]:

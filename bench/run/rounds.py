@@ -48,7 +48,7 @@ BISECTED_IMAGES = 8
 def run(plan: Plan, progress: Progress, listener: Listener | None = None) -> Result:
     """Do all of `plan` and return what was found; a failed parity or worker is part of the result, see `exit_code`.
 
-    `listener` is told the rows that are known so far, after the first round of every process.
+    `listener` is told the rows that are known so far, in the first round of every process after each batch size.
 
     An interrupt (KeyboardInterrupt) after the first round ends the measuring and not the run: its result has
     `interrupted`, and the rounds that were done.
@@ -121,11 +121,15 @@ class _Measuring:
         number = 0
         while True:
             began = time.monotonic()
+            limit = self.deadline
+            if rounds is not None and rounds.count is None and rounds.processes is not None:
+                # As much time for each process, with what it takes to start.
+                limit = began + (self.deadline - began) / (rounds.processes - number)
             with loaded(self.ready, self.plan, again=number > 0) as lanes:
                 if not number:
                     self.prove(lanes)
                 if rounds is not None:
-                    self.measure(lanes, rounds, number)
+                    self.measure(lanes, rounds, number, limit)
                 if not number and self.plan.survey:
                     self.survey = _survey(self.plan, lanes, self.show)
             # While no worker runs: whatever uses the CPUs now is not of this run.
@@ -172,15 +176,12 @@ class _Measuring:
         if wanted and bisectable(lane.subject.backend, lane.subject.options.variant):
             lane.bisection = lane.ask(Bisect(worst_images(logits, oracle, BISECTED_IMAGES)), Bisection)
 
-    def measure(self, lanes: list[Lane], rounds: Rounds, process: int) -> None:
-        """Warm-ups, then the rounds of one process."""
+    def measure(self, lanes: list[Lane], rounds: Rounds, process: int, limit: float) -> None:
+        """Warm-ups, then the rounds of one process, of which none but the first begins after `limit`."""
         for lane in lanes:
             for batch_size in rounds.batch_sizes:
                 self.show(f"process {process + 1}: warming up {lane.subject.label}, batch {batch_size}", process)
                 self.prepare(lane, batch_size, process)
-        limit = self.deadline
-        if rounds.count is None and rounds.processes is not None:  # as much time for each process
-            limit = time.monotonic() + (self.deadline - time.monotonic()) / (rounds.processes - process)
         most = MAX_ROUNDS if rounds.count is None else rounds.count
         done: list[Sample] = []
         for round_ in range(most):
@@ -201,9 +202,9 @@ class _Measuring:
                         request = Measure(batch_size, rounds.block_s, cpus)
                         done += (new := _turn(lane, request, process, round_, position))
                         self.samples += new
+                if self.listener is not None and not round_:
+                    self.listener(rows(self.samples, tuple(map(subject_result, self.ready.lanes))))
             self.readings.append(sensors.read())
-            if self.listener is not None and not round_:
-                self.listener(rows(self.samples, tuple(map(subject_result, self.ready.lanes))))
 
     def prepare(self, lane: Lane, batch_size: int, process: int) -> None:
         """Warm a lane up at a batch size, and hold what it computes there to the oracle."""

@@ -2,8 +2,12 @@
 
     python tests/benchmarks/measuring.py overhead            what the harness adds to a call
     python tests/benchmarks/measuring.py aa [N]              a bundle against itself, N times: false alarms
-    python tests/benchmarks/measuring.py busy [N]            the same with another process at work
+    python tests/benchmarks/measuring.py aa-default [N]      the same with the settings of a plain `bench ab`, with two
+                                                             and with four backends (one and a half minutes each)
+    python tests/benchmarks/measuring.py busy [N]            as `aa`, with another process at work
     python tests/benchmarks/measuring.py slow [N]            a known slowdown, N times each: how often it is found
+    python tests/benchmarks/measuring.py noise [N]           8 % slower in rounds that scatter by 8 %, N times
+    python tests/benchmarks/measuring.py coverage [N]        N runs of the same: intervals that hold the middle
     python tests/benchmarks/measuring.py agreement           against onnxruntime in a bare loop
     python tests/benchmarks/measuring.py loadgen [N]         the p50 of N runs of LoadGen SingleStream against bench's
 
@@ -21,8 +25,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -36,12 +41,15 @@ from bundles import shorten
 
 from bench.backends.contract import Options, Profile, Runnable, Session
 from bench.backends.registry import BACKENDS, resolve
+from bench.cli.measure import AB_BATCH_SIZES, AB_ROUNDS, AB_TIME_LIMIT_S, DEFAULT_BLOCK_MS, DEFAULT_PROCESSES
+from bench.machine.environment import usable_cpus
 from bench.report.wording import ratio_words
-from bench.results.derive import slower
+from bench.results.derive import verdicts, was_busy
 from bench.results.schema import Result
-from bench.results.terms import Scenario
-from bench.run.lanes import loaded
-from bench.run.plan import Plan
+from bench.results.statistics import Spread
+from bench.results.terms import TIMINGS, Scenario
+from bench.run.lanes import lanes_of, loaded
+from bench.run.plan import Plan, Rounds, Selection
 from bench.run.rounds import run
 from bench.worker.clock import timed_block, wait_until_quiet
 from bench.worker.loadgen import Driven, Load, read_summary
@@ -58,20 +66,29 @@ BATCH_SIZE, BLOCK_S, TIME_LIMIT_S, THREADS = 64, 0.02, 30.0, 1
 LOADGEN_S, SAME_SPEED = 0.5, 0.03
 SLOWED = "slowed"
 SLOW_FOLDER = "slow-"
+PAUSE_S = 0.02
 
 
 class SlowedSession:
-    """A session whose `run` takes longer by a share of its own time, spent spinning."""
+    """A session whose `run` takes longer by a share of its own time, spent spinning. The share is drawn anew for each
+    turn, around `share` with the deviation `noise`: a turn follows a pause.
+    """
 
-    def __init__(self, inner: Session, share: float) -> None:
-        self._inner, self._share = inner, share
+    def __init__(self, inner: Session, share: float, noise: float) -> None:
+        self._inner, self._share, self._noise = inner, share, noise
+        self._rng = np.random.default_rng()
+        self._last, self._now = 0.0, share
 
     def run(self, prepared: Any) -> Any:
         before = time.perf_counter()
+        if self._noise and before - self._last > PAUSE_S:
+            # Around the middle of the noise, so that spinning alone makes it.
+            self._now = (1 + self._share) * float(np.exp(abs(self._rng.normal(0, self._noise)))) - 1
         output = self._inner.run(prepared)
-        end = before + (time.perf_counter() - before) * (1 + self._share)
+        end = before + (time.perf_counter() - before) * (1 + self._now)
         while time.perf_counter() < end:
             pass
+        self._last = time.perf_counter()
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -80,7 +97,7 @@ class SlowedSession:
 
 @dataclass(frozen=True)
 class Slowed:
-    """onnx-cpu, slowed down by as many percent as the bundle's folder says (`slow-10`), and not for any other."""
+    """onnx-cpu, slowed down by as many percent as the bundle's folder says, with so much noise (`slow-10-0`)."""
 
     name: str = SLOWED
     device: str = "cpu"
@@ -97,65 +114,122 @@ class Slowed:
         return resolve(BACKENDS["onnx-cpu"]).unavailable_reason()
 
     def load(self, bundle: Bundle, options: Options) -> SlowedSession:
-        name = bundle.path.name
-        share = float(name.removeprefix(SLOW_FOLDER)) / 100 if name.startswith(SLOW_FOLDER) else 0.0
-        return SlowedSession(resolve(BACKENDS["onnx-cpu"]).load(bundle, options), share)
+        share, noise = (float(percent) / 100 for percent in bundle.path.name.removeprefix(SLOW_FOLDER).split("-"))
+        return SlowedSession(resolve(BACKENDS["onnx-cpu"]).load(bundle, options), share, noise)
 
 
 SLOWED_BACKEND = Slowed()
 
 
 @contextlib.contextmanager
-def short_bundle(*names: str) -> Iterator[list[Path]]:
-    """Copies of the article's bundle with a short oracle, one for each name."""
+def short_bundle(*names: str, numbered: bool = False) -> Iterator[list[Path]]:
+    """Copies of the article's bundle with a short oracle, one for each name; `numbered`: each in a folder of its own,
+    as two may have the same name.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        yield [shorten(BUNDLE, Path(folder) / name, IMAGES) for name in names]
+        places = [Path(folder) / (str(number) if numbered else "") / name for number, name in enumerate(names)]
+        yield [shorten(BUNDLE, place, IMAGES) for place in places]
 
 
-def compare(bundles: list[Path], backend: str, threshold_percent: float) -> Result:
-    """What `bench ab` does, with short settings."""
-    plan = Plan(
-        bundles=tuple(bundles),
-        backends=(backend,),
-        batch_sizes=(BATCH_SIZE,),
-        rounds=None,
-        bound=1 - threshold_percent / 100,
-        time_limit_s=TIME_LIMIT_S,
-        block_s=BLOCK_S,
-        threads=THREADS,
-        profile=Profile.STRICT,
-        timeout_s=60.0,
-    )
+SHORT = Rounds((BATCH_SIZE,), BLOCK_S, count=AB_ROUNDS, processes=None, time_limit_s=TIME_LIMIT_S)
+"""One backend and batch size, and one thread."""
+DEFAULT = Rounds(AB_BATCH_SIZES, DEFAULT_BLOCK_MS / 1000, count=AB_ROUNDS, processes=None, time_limit_s=AB_TIME_LIMIT_S)
+"""Those of `bench ab`."""
+
+
+def compare(
+    bundles: list[Path], backends: tuple[str, ...], threads: int, rounds: Rounds, threshold_percent: float
+) -> Result:
+    """What `bench ab` does."""
+    measured = replace(rounds, bound=1 - threshold_percent / 100)
+    plan = Plan(Selection(tuple(bundles), backends), threads, Profile.STRICT, 60.0, measured)
     return run(plan, lambda what, done: None)
 
 
-def comparisons(count: int, percent: float, threshold_percent: float) -> dict[str, Any]:
-    """`count` comparisons of a bundle with its copy, slowed down by `percent`: how many were called slower."""
-    found, medians, rounds, unstable, seconds = 0, [], [], 0, []
-    with short_bundle("base", f"{SLOW_FOLDER}{percent:g}") as bundles:
+def comparisons(
+    count: int,
+    percent: float,
+    threshold_percent: float,
+    noise_percent: float = 0,
+    backends: tuple[str, ...] = (SLOWED,),
+    threads: int = THREADS,
+    rounds: Rounds = SHORT,
+) -> dict[str, Any]:
+    """`count` comparisons of a bundle with its copy, slowed down by `percent`: what was decided of each ratio.
+
+    A slowdown is one of the device-resident timing: there it is known. Of a bundle against itself all ratios count.
+    """
+    timings = ("device_resident",) if percent or noise_percent else TIMINGS
+    decisions: Counter[str] = Counter()
+    verdicts_of_runs: Counter[str] = Counter()
+    medians, processes, seconds, busy_runs = [], [], [], 0
+    with short_bundle(
+        *(f"{SLOW_FOLDER}{slower:g}-{noise_percent:g}" for slower in (0, percent)), numbered=True
+    ) as pair:
         for number in range(count):
             began = time.perf_counter()
-            result = compare(bundles, SLOWED, threshold_percent)
+            result = compare(pair, backends, threads, rounds, threshold_percent)
             seconds.append(time.perf_counter() - began)
-            called = [ratio for ratio in slower(result.ratios, threshold_percent) if ratio.timing == "device_resident"]
-            (ratio,) = (r.throughput_ratio for r in result.ratios if r.timing == "device_resident")
-            found += bool(called)
-            medians.append(ratio.median)
-            rounds.append(ratio.rounds)
-            unstable += any(row.verdict == "unstable" for row in result.rows)
-            print(f"{number + 1}: {ratio_words(ratio, '.3f')}, {ratio.rounds} rounds", flush=True)
+            found = [(r, decision) for r, decision in verdicts(result, threshold_percent) if r.timing in timings]
+            decisions.update(decision for _, decision in found)
+            of_run = {decision for _, decision in found}
+            verdicts_of_runs[next(d for d in ("slower", "inconclusive", "not slower") if d in of_run)] += 1
+            medians += [ratio.throughput_ratio.median for ratio, _ in found]
+            processes.append(found[0][0].throughput_ratio.processes)
+            busy_runs += was_busy(result)
+            words = ", ".join(f"{ratio_words(ratio.throughput_ratio, '.3f')} {decision}" for ratio, decision in found)
+            print(f"{number + 1}: {words}; {processes[-1]} processes, {seconds[-1]:.0f} s", flush=True)
     return {
         "comparisons": count,
         "slowdown_percent": percent,
+        "noise_percent": noise_percent,
         "threshold_percent": threshold_percent,
-        "called_slower": found,
-        "unstable": unstable,
+        "runs": dict(verdicts_of_runs),
+        "ratios": dict(decisions),
+        "runs_on_a_busy_machine": busy_runs,
         "ratio_median": statistics.median(medians),
         "ratio_lowest": min(medians),
         "ratio_highest": max(medians),
-        "rounds_median": statistics.median(rounds),
+        "processes_median": statistics.median(processes),
         "seconds_median": round(statistics.median(seconds), 1),
-        "settings": {"batch_size": BATCH_SIZE, "block_s": BLOCK_S, "threads": THREADS, "time_limit_s": TIME_LIMIT_S},
+        "settings": {"backends": backends, "threads": threads, **asdict(rounds)},
+    }
+
+
+def by_default(count: int) -> list[dict[str, Any]]:
+    """As a plain `bench ab`, with two and with four backends."""
+    four = ("torchscript-cpu", "onnx-cpu", "openvino-cpu", "onnx-cpu-parallel")
+    return [comparisons(count, 0, 5, 0, names, usable_cpus(), DEFAULT) for names in (four[1:3], four)]
+
+
+def coverage(count: int) -> dict[str, Any]:
+    """`count` separate runs of the same: the share of rows whose stated interval holds the median of all runs'."""
+    rounds = Rounds((1, BATCH_SIZE), 0.1, count=3, processes=DEFAULT_PROCESSES)
+    spreads: dict[str, list[Spread]] = {}
+    with short_bundle("base") as bundles:
+        plan = Plan(
+            Selection(tuple(bundles), ("torchscript-cpu", "onnx-cpu")), usable_cpus(), Profile.STRICT, 60.0, rounds
+        )
+        for _ in range(count):
+            for row in run(plan, lambda what, done: None).rows:
+                for timing in TIMINGS:
+                    spreads.setdefault(f"{row.subject}, batch {row.batch_size}, {timing}", []).append(
+                        row.throughput(timing)
+                    )
+    held = {}
+    for name, found in spreads.items():
+        middle = statistics.median(spread.median for spread in found)
+        held[name] = sum((spread.low or 0) <= middle <= (spread.high or 0) for spread in found)
+    return {
+        "runs": count,
+        "rows_that_hold_the_middle_percent": round(100 * sum(held.values()) / (count * len(held)), 1),
+        "of_each_row": held,
+        "medians": {name: [round(spread.median, 1) for spread in found] for name, found in spreads.items()},
+        "half_width_percent_median": {
+            name: round(statistics.median(spread.half_width_percent or 0 for spread in found), 2)
+            for name, found in spreads.items()
+        },
+        "settings": asdict(rounds),
     }
 
 
@@ -220,9 +294,9 @@ def loadgen(count: int) -> dict[str, Any]:
     """
     ours_ms, theirs_ms = [], []
     with short_bundle("base") as (bundle,), tempfile.TemporaryDirectory() as logs:
-        plan = Plan((bundle,), ("onnx-cpu",), threads=THREADS, profile=Profile.STRICT, timeout_s=60.0)
-        with loaded(plan, lambda what, done: None) as ready:
-            worker = ready.lanes[0].worker
+        plan = Plan(Selection((bundle,), ("onnx-cpu",)), threads=THREADS, profile=Profile.STRICT, timeout_s=60.0)
+        with loaded(lanes_of(plan), plan) as lanes:
+            worker = lanes[0].worker
             worker.ask(Prepare(1), Prepared)
 
             def block_ms() -> float:
@@ -290,10 +364,16 @@ if __name__ == "__main__":
             store("overhead", overhead())
         case ["aa", *_]:
             store("aa", comparisons(count, 0, 5))
+        case ["aa-default", *_]:
+            store("aa-default", by_default(count))
+        case ["noise", *_]:
+            store("noise", comparisons(count, 100 / 92 * 100 - 100, 5, 8))
+        case ["coverage", *_]:
+            store("coverage", coverage(count))
         case ["busy", *_]:
             store("busy", busy(count))
         case ["slow", *_]:
-            store("slow", [comparisons(count, 10, 5), comparisons(count, 5, 2)])
+            store("slow", [comparisons(count, 100 / 90 * 100 - 100, 5), comparisons(count, 100 / 95 * 100 - 100, 2)])
         case ["agreement"]:
             store("agreement", agreement())
         case ["loadgen", *_]:

@@ -30,7 +30,7 @@ from bench.results.studies import SWEEP_FILE, Sweep
 from bench.run.plan import Choice, opened
 from bench.sweep.choices import NOT_REACHED, SweepRequest
 from bench.sweep.contenders import MARGIN, chances, contenders
-from bench.sweep.device_runs import LOOK_ROUNDS, WORKER_BYTES, grouped
+from bench.sweep.device_runs import FULL_PROCESSES, LOOK_ROUNDS, WORKER_BYTES, grouped
 from bench.sweep.folder import SweepFolder
 from bench.sweep.sweep import run_sweep
 
@@ -99,12 +99,12 @@ def test_everything_is_looked_at_with_the_reference_in_every_run(swept: Callable
     files = [Choice("onnx-cpu", variant, 2) for variant in ("float32", "int8", "int8-raw")]
     assert first.selection.choices == (TORCH, *files)
     assert second.selection.choices == (TORCH, *(replace(choice, threads=1) for choice in (TORCH, *files)))
-    assert (first.rounds, second.rounds, full.rounds) == (LOOK_ROUNDS, LOOK_ROUNDS, None)
-    assert first.time_limit_s is None, "all rounds of a look are made"
-    assert full.time_limit_s == pytest.approx(100, abs=2)
-    assert set(full.selection.choices or ()) == {*first.selection.choices, *(second.selection.choices or ())}, (
-        "who is as fast as the best stays"
-    )
+    looks, rounds = (first.rounds, second.rounds), full.rounds
+    assert [(look.count, look.processes, look.time_limit_s) for look in looks] == [(LOOK_ROUNDS, 1, None)] * 2
+    assert (rounds.count, rounds.processes) == (None, FULL_PROCESSES)
+    assert rounds.time_limit_s == pytest.approx(100, abs=2)
+    looked_at = {*first.selection.choices, *(second.selection.choices or ())}
+    assert set(full.selection.choices or ()) == looked_at, "who is as fast as the best stays"
     assert sweep.looks[1].subjects[1].label == "torch-cpu/1"
     assert sweep.skipped == ()
     assert sweep_exit_code(sweep) == 0
