@@ -108,7 +108,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """Time every backend, keep the run, and fail where one is slower than in the last run kept.
+    """Time every backend, keep the run, and fail where one is slower than in the last run kept, or in the best.
 
     Arguments go to pytest instead, and nothing is kept: a run of some of the benchmarks is nothing to compare with.
     """
@@ -123,6 +123,8 @@ def benchmark(session: nox.Session) -> None:
     place = ["--benchmark-autosave", f"--benchmark-storage=file://{STORED}"]
     try:
         run(session, "-m", "pytest", "--benchmark-only", *place, *comparison, "tests/benchmarks/test_throughput.py")
+        (new,) = set(STORED.glob("*/[0-9]*.json")) - kept
+        run(session, "tests/benchmarks/kept.py", str(new), *map(str, kept))
     except BaseException:  # Ctrl-C too
         # pytest-benchmark keeps a run that failed; the next one would be held to what should not have passed.
         for path in set(STORED.glob("*/[0-9]*.json")) - kept:

@@ -26,7 +26,7 @@ from bench.results.statistics import (
 from bench.results.terms import CONTROL_SUFFIX, LETTER_SIGN, TIMINGS, Timing, label_of
 
 LOOK_CONFIDENCE = 0.999
-# NVIDIA's counter moves on some ten times a second: over so long a time it is right to a few percent.
+# NVIDIA's counter moves on some ten times a second: over a block of so long a time it is right to a few percent.
 ENERGY_FROM_S = 2.0
 
 
@@ -97,9 +97,10 @@ def _system_share(samples: Sequence[Sample], batch_size: int) -> float | None:
 
 
 def _energy_per_image(samples: Sequence[Sample], batch_size: int) -> dict[str, float]:
-    """Joules by counter, over all device-resident blocks of one subject at once; empty where they are too short."""
-    blocks = [sample for sample in samples if (sample.batch_size, sample.timing) == (batch_size, "device_resident")]
-    if sum(sum(block.durations_ns) for block in blocks) < ENERGY_FROM_S * 1e9:
+    """Joules by counter, over the device-resident blocks of one subject that are long enough; empty where none is."""
+    timed = [sample for sample in samples if (sample.batch_size, sample.timing) == (batch_size, "device_resident")]
+    blocks = [block for block in timed if sum(block.durations_ns) >= ENERGY_FROM_S * 1e9]
+    if not blocks:
         return {}
     images = sum(batch_size * len(block.durations_ns) for block in blocks)
     counters = {counter for block in blocks for counter in block.energy_j}

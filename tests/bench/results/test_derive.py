@@ -176,12 +176,14 @@ def test_the_systems_share_is_of_the_end_to_end_blocks() -> None:
 
 
 def test_energy_is_left_out_where_the_counter_is_too_coarse() -> None:
-    long = [sample("a", r, [500.0], "device_resident").model_copy(update={"energy_j": {"gpu": 20.0}}) for r in range(4)]
-    whole = [sample("a", r, [500.0], "end_to_end") for r in range(4)]
-    (row,) = rows(long + whole, [subject("a", "cuda")])
-    assert row.energy_per_image_j == {"gpu": 5.0}
-    (row,) = rows(long[:3] + whole, [subject("a", "cuda")])
-    assert row.energy_per_image_j == {}
+    joules = {"energy_j": {"gpu": 20.0}}
+    long = sample("a", 0, [500.0] * 4, "device_resident").model_copy(update=joules)
+    short = [sample("a", r, [500.0], "device_resident").model_copy(update=joules) for r in range(1, 9)]
+    whole = sample("a", 0, [500.0], "end_to_end")
+    (row,) = rows([long, *short, whole], [subject("a", "cuda")])
+    assert row.energy_per_image_j == {"gpu": 20 / 16}, "of the long block alone"
+    (row,) = rows([*short, whole], [subject("a", "cuda")])
+    assert row.energy_per_image_j == {}, "so many short ones don't make a long one"
 
 
 def test_a_round_that_only_one_of_two_finished_is_left_out() -> None:
