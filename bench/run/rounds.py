@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from bench.machine import sensors
-from bench.machine.environment import cpu_busy_percent, load_1min
+from bench.machine.environment import BUSY_PERCENT, cpu_busy_percent, load_1min
 from bench.results.derive import decided, enough, ratios, roofline, rows, stable
 from bench.results.parity import Bisection, ParityVerdict, at_batch, judge, worst_images
 from bench.results.roofline import Survey
@@ -147,7 +148,8 @@ class _Measuring:
         labels = {subject.label for subject in alive}
         samples = [sample for sample in self.samples if sample.subject in labels]
         if rounds.bound is not None:
-            return number >= MIN_PROCESSES and decided(samples, alive, rounds.bound)
+            quiet = median(self.busy) <= BUSY_PERCENT  # else it is worth waiting for
+            return quiet and number >= MIN_PROCESSES and decided(samples, alive, rounds.bound)
         return rounds.count is None and stable(samples)
 
     def prove(self, lanes: list[Lane]) -> None:

@@ -131,6 +131,37 @@ def test_a_busy_machine_is_told(result: Result) -> None:
     assert "used 60 % of the CPUs" in shown(calm.model_copy(update={"cpu_busy_percents": (2.0, 60.0)}), print_run)
 
 
+def test_memory_that_is_mapped_anew_is_told(result: Result) -> None:
+    """Once for each backend, with the share and the remedy; a little is nothing to be told."""
+    shares = {("onnx-cpu", 1): 24.0, ("onnx-cpu", 8): 11.0, ("onnx-cpu:unfolded", 1): 9.0}
+    rows = tuple(
+        row.model_copy(update={"system_share_percent": shares.get((row.subject, row.batch_size))})
+        for row in result.rows
+    )
+    text = shown(result.model_copy(update={"rows": rows}), print_run)
+    assert "onnx-cpu: of its CPU time the operating system takes 24 % at batch 1, 11 % at batch 8" in text
+    assert "MALLOC_TRIM_THRESHOLD_" in text
+    assert "unfolded: of its CPU time" not in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 176])
+def test_no_figure_is_cut_off(width: int, result: Result) -> None:
+    """In a narrow window columns are left out, and every figure that is shown is whole."""
+    text = io.StringIO()
+    print_run(result, Console(file=text, width=width, highlight=False))
+    lines = text.getvalue().splitlines()
+    row = next(line.split() for line in lines if line.strip().startswith("onnx-cpu  "))
+    (first, *_) = (row for row in result.rows if row.subject == "onnx-cpu" and row.batch_size == 1)
+    throughputs = [
+        first.end_to_end_throughput_images_per_s.median,
+        first.device_resident_throughput_images_per_s.median,
+    ]
+    assert f"{throughputs[0]:,.0f}" in row
+    assert (f"{throughputs[1]:,.0f}" in row) == (width == 176)
+    assert ("flips" in text.getvalue()) == (width == 176)
+    assert width < 100 or max(map(len, lines)) <= width
+
+
 def test_backends_are_listed_with_their_reasons() -> None:
     text = shown({"a-cpu": None, "a-cuda": "no driver [anywhere]"}, print_backends)
     assert text.split("a-cpu")[1].split()[0] == "yes"
