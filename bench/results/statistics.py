@@ -8,11 +8,11 @@ Values come in groups, one for each process, in the order of its rounds. Process
 memory lies and threads run is drawn once for each, and stays. So an interval is made of the processes' medians, each
 one observation, by Student's t on their logarithms (Georges, Buytaert & Eeckhout, Statistically Rigorous Java
 Performance Evaluation, OOPSLA 2007; Kalibera & Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013): whatever
-scatters within a process is in its median too. From eight processes on the mean is trimmed by one in eight at either end
-(Tukey & McLaughlin 1963; Yuen 1974), so that a process which something disturbed doesn't decide alone how wide the
-interval is. Of one process alone, the interval is that of its rounds, and says
-nothing of the next process. Resampling both levels was not chosen: a bootstrap of five processes has intervals too
-narrow by a quarter (the variance of five draws is 4/5 of that it stands for, and t's wider tails are missing).
+scatters within a process is in its median too. From eight processes on, one in eight is trimmed at either end (Tukey &
+McLaughlin 1963; Yuen 1974), so that a process which something disturbed doesn't decide alone how wide the interval is.
+Of one process alone, the interval is that of its rounds, and says nothing of the next process. Resampling both levels
+was not chosen: a bootstrap of five processes has intervals too narrow by a quarter (the variance of five draws is 4/5
+of that it stands for, and t's wider tails are missing).
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ def print_run(result: Result, out: Console) -> None:
 def _print_roofline(result: Result, survey: Survey, out: Console) -> None:
     """The model's work, the machine's peaks, and the share that each row reaches."""
     first, *others = sentences.peaks(survey, result.roofline, None)
-    out.print(f"[bold]roofline[/]: {escape(first)}", soft_wrap=True)
+    out.print(f"[bold]roofline[/]: {escape(first)}")
     for line in others:
-        out.print(escape(line), soft_wrap=True)
+        out.print(escape(line))
     placed = [item for item in columns.measured(result) if columns.point_of(item) is not None]
     print_table(columns.ROOFLINE, placed, out)
 
