@@ -8,7 +8,9 @@
     python tests/benchmarks/measuring.py slow [N]            a known slowdown, N times each: how often it is found
     python tests/benchmarks/measuring.py noise [N]           8 % slower in rounds that scatter by 8 %, N times
     python tests/benchmarks/measuring.py coverage [N]        N runs of the same: intervals that hold the middle
-    python tests/benchmarks/measuring.py agreement           against onnxruntime in a bare loop
+    python tests/benchmarks/measuring.py agreement           against onnxruntime in a bare loop, in one process
+    python tests/benchmarks/measuring.py peers [N]           against onnxruntime in a bare loop, torch.utils.benchmark
+                                                             and OpenVINO's benchmark_app, N processes of each
     python tests/benchmarks/measuring.py loadgen [N]         the p50 of N runs of LoadGen SingleStream against bench's
 
 Results go to docs/results/measuring.json, one entry for each experiment. They need `nox -s train export` first, and a
@@ -18,10 +20,14 @@ machine that does nothing else (`busy` brings its own disturbance).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import multiprocessing
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +45,7 @@ sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from bundles import shorten
 
-from bench.backends.contract import Options, Profile, Runnable, Session
+from bench.backends.contract import Options, Profile, Runnable, Session, file_of
 from bench.backends.registry import BACKENDS, resolve
 from bench.cli.measure import AB_BATCH_SIZES, AB_ROUNDS, AB_TIME_LIMIT_S, DEFAULT_BLOCK_MS, DEFAULT_PROCESSES
 from bench.machine.environment import usable_cpus
@@ -285,6 +291,78 @@ def agreement() -> dict[str, Any]:
     return {"time_by_bench_over_bare_loop": found, "rounds": 40}
 
 
+PEERS = {
+    "onnx-cpu": (
+        "import onnxruntime, time; o = onnxruntime.SessionOptions(); o.intra_op_num_threads = {threads}; "
+        "s = onnxruntime.InferenceSession({path!r}, o, providers=['CPUExecutionProvider']); "
+        "f = {{s.get_inputs()[0].name: numpy.load({x!r})}}; run = lambda: s.run(None, f); end = time.time() + 1\n"
+        "while time.time() < end: run()\n"
+        "n, start = 0, time.perf_counter()\n"
+        "while time.perf_counter() < start + {seconds}: run(); n += 1\n"
+        "print((time.perf_counter() - start) / n)"
+    ),
+    "torch-cpu": (
+        "import torch, torch.utils.benchmark as b; torch.set_num_threads({threads}); "
+        "m = torch.export.load({path!r}).module(); x = torch.from_numpy(numpy.load({x!r}))\n"
+        "with torch.inference_mode():\n"
+        "    t = b.Timer('m(x)', globals=dict(m=m, x=x), num_threads={threads}); t.timeit(20)\n"
+        "    print(t.blocked_autorange(min_run_time={seconds}).median)"
+    ),
+}
+"""What prints the seconds of a call, given `path`, `x` (a .npy of the prepared input), `threads` and `seconds`."""
+
+
+def peers(count: int) -> dict[str, Any]:
+    """Device-resident calls as `bench` times them over the same file and threads in the runtime's own benchmark.
+
+    Processes of both sides take turns: each has its own draw of memory, so that the medians of many are compared.
+    """
+    bundle, seconds, threads = Bundle.open(BUNDLE), 2.0, usable_cpus()
+    found: dict[str, Any] = {}
+    with short_bundle("base") as (path,), tempfile.TemporaryDirectory() as folder:
+        for backend, batch_size in itertools.product(("onnx-cpu", "torch-cpu", "openvino-cpu"), (1, BATCH_SIZE)):
+            x = Path(folder) / f"{batch_size}.npy"
+            raw = np.ascontiguousarray(bundle.oracle().raw[:batch_size])
+            np.save(x, bundle.manifest.preprocessing.apply(raw, bundle.manifest.input.shape))
+            entry = file_of(resolve(BACKENDS[backend]), bundle, Options(threads, folded=backend != "torch-cpu"))
+            assert entry is not None
+            ours, theirs = [], []
+            rounds = Rounds((batch_size,), seconds, count=1)
+            plan = Plan(Selection((path,), (backend,)), threads, Profile.STRICT, 60.0, rounds)
+            for _ in range(count):
+                (block,) = (s for s in run(plan, lambda what, done: None).samples if s.timing == "device_resident")
+                ours.append(statistics.median(block.durations_ns) * 1e-9)
+                if backend == "openvino-cpu":
+                    theirs.append(benchmark_app(bundle.path / entry.path, batch_size, threads, seconds))
+                    continue
+                values = {"path": str(bundle.path / entry.path), "x": str(x), "threads": threads, "seconds": seconds}
+                program = "import numpy; " + PEERS[backend].format(**values)
+                done = subprocess.run(
+                    [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+                )
+                theirs.append(float(done.stdout))
+            ratio = statistics.median(ours) / statistics.median(theirs)
+            found[f"{backend}, batch {batch_size}"] = {
+                "bench_over_peer": round(ratio, 4),
+                "bench_s": ours,
+                "peer_s": theirs,
+            }
+            print(f"{backend}, batch {batch_size}: {ratio:.3f}", flush=True)
+    return {"processes": count, "seconds": seconds, "threads": threads, "time_of_a_call": found}
+
+
+def benchmark_app(file: Path, batch_size: int, threads: int, seconds: float) -> float:
+    """The median seconds of a call, one at a time, by OpenVINO's own benchmark."""
+    arguments = ["-m", str(file), "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams", "1"]
+    arguments += ["-nthreads", str(threads), "-t", str(math.ceil(seconds)), "-shape", f"[{batch_size},1,28,28]"]
+    arguments += ["-infer_precision", "f32"]
+    script = Path(sys.executable).with_name("benchmark_app")
+    done = subprocess.run([str(script), *arguments], capture_output=True, text=True, check=True)
+    median = re.search(r"Median:\s+([\d.]+) (us|ms)", done.stdout)
+    assert median is not None, done.stdout
+    return float(median.group(1)) * {"us": 1e-6, "ms": 1e-3}[median.group(2)]
+
+
 def loadgen(count: int) -> dict[str, Any]:
     """One image end to end: the median latency of LoadGen's SingleStream, and that of the blocks before and after it,
     `count` times.
@@ -376,6 +454,8 @@ if __name__ == "__main__":
             store("slow", [comparisons(count, 100 / 90 * 100 - 100, 5), comparisons(count, 100 / 95 * 100 - 100, 2)])
         case ["agreement"]:
             store("agreement", agreement())
+        case ["peers", *_]:
+            store("peers", peers(count))
         case ["loadgen", *_]:
             store("loadgen", loadgen(count))
         case _:
