@@ -107,6 +107,8 @@ class Trial:
     ):
         self.inputs = tuple(x.to(dtype) for x in inputs)
         self.times = times
+        if not finite([*subject.parameters(), *subject.buffers()]):
+            raise NotCounted("its weights or statistics are not finite in this dtype, and folding refuses it")
         wanted = run(subject, self.inputs, times)
         if not finite(wanted):
             raise NotCounted("its own result is not finite")
