@@ -102,7 +102,7 @@ def gpu_program(file: Runnable, imports: Sequence[str], load: Sequence[str], cal
         "    if raw.shape not in slots:",
         "        slots[raw.shape] = slot(raw)",
         "    staging, taken, prepare, run, answer = slots[raw.shape]",
-        "    staging.copy_(torch.from_numpy(raw))",
+        "    np.copyto(staging.numpy(), raw)",
         "    taken.copy_(staging, non_blocking=True)",
         "    prepare()",
         "    answer.copy_(run(), non_blocking=True)",

@@ -133,8 +133,8 @@ def shown_progress() -> Iterator[Progress]:
 
 
 @contextmanager
-def shown_rows() -> Iterator[tuple[Progress, Listener]]:
-    """As `shown_progress`, with the rows that are known so far above the bar."""
+def shown_rows() -> Iterator[tuple[Progress, Listener | None]]:
+    """As `shown_progress`, with the rows that are known so far above the bar; elsewhere nobody listens to them."""
     from rich.console import Group
     from rich.live import Live
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -147,7 +147,7 @@ def shown_rows() -> Iterator[tuple[Progress, Listener]]:
 
     out = console(stderr=True)
     if not out.is_terminal:
-        yield _printed_phases(), lambda rows: None
+        yield _printed_phases(), None
         return
     bar = Bar(BarColumn(30), TimeElapsedColumn(), TextColumn("{task.description}"))
     task = bar.add_task("", total=1.0)

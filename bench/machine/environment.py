@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +158,11 @@ def cpu_busy_percent() -> float:
     import psutil
 
     return float(psutil.cpu_percent(interval=BUSY_WINDOW_S))
+
+
+def mostly_busy(percents: Sequence[float]) -> bool:
+    """Whether others used more than `BUSY_PERCENT` of the CPUs most of the times that this was looked at."""
+    return statistics.median(percents) > BUSY_PERCENT
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -159,11 +159,21 @@ def of_row(value: Callable[[Row], Any]) -> Callable[[Measured], Any]:
     return lambda item: None if item.row is None else value(item.row)
 
 
+def lifted(column: Column[Row]) -> Column[Measured]:
+    """A column about rows, for rows with their subjects."""
+    return Column(**{**vars(column), "value": of_row(column.value)})
+
+
 def throughput(timing: Timing, name: str | None = None) -> Column[Measured]:
-    """Images per second: the median of the rounds, with its interval."""
+    """Images per second: the median of the processes, with its interval."""
+    return lifted(row_throughput(timing, name))
+
+
+def row_throughput(timing: Timing, name: str | None = None) -> Column[Row]:
+    """As `throughput`, of a row alone."""
     return Column(
         name or f"images/s, {TIMING_WORDS[timing]}",
-        of_row(lambda row: row.throughput(timing)),
+        operator.methodcaller("throughput", timing),
         spread_words,
         fields={
             "processes": lambda spread: spread.processes,
@@ -252,7 +262,8 @@ def unbeaten(item: Measured) -> bool:
 BACKEND: Column[Judged] = Column(
     "backend", lambda item: item.subject.label, looking("subject"), words=True, fields={"subject": itself}
 )
-BATCH: Column[Measured] = Column("batch", of_row(lambda row: row.batch_size), whole, fields={"batch_size": itself})
+ROW_BATCH: Column[Row] = Column("batch", lambda row: row.batch_size, whole, fields={"batch_size": itself})
+BATCH = lifted(ROW_BATCH)
 SYSTEM: Column[Measured] = Column(
     "% system",
     of_row(lambda row: row.system_share_percent),
@@ -396,11 +407,8 @@ RUN: tuple[Column[Measured], ...] = (
 """A run in short, as a terminal has room for it."""
 SO_FAR: tuple[Column[Row], ...] = (
     Column("backend", lambda row: row.subject, looking("subject"), words=True),
-    Column("batch", lambda row: row.batch_size, whole),
-    *(
-        Column(f"images/s, {TIMING_WORDS[timing]}", operator.methodcaller("throughput", timing), spread_words)
-        for timing in TIMINGS
-    ),
+    ROW_BATCH,
+    *(row_throughput(timing) for timing in TIMINGS),
     Column("p50, ms", lambda row: row.end_to_end_latency_ms.p50, milliseconds),
 )
 """Rows while a run goes on: of no subject is all known."""

@@ -159,8 +159,8 @@ def _later(base: Result, head: Result, before: Row, now: Row, percent: float) ->
     """
     for timing in TIMINGS:
         p99, bound = now.latency(timing).p99, before.latency(timing).p99_upper
-        by_process = [_p99s(result, before, timing) for result in (head, base)]
-        ratio = ratio_of_medians(*by_process) if all(by_process) else None
+        latter, former = (_p99s(result, before, timing) for result in (head, base))
+        ratio = ratio_of_medians(latter, former) if latter and former else None
         if ratio is not None and ratio.low is not None:
             later, seen = ratio.low > 1 + percent / 100, f"{ratio.median:.2f} × the base's (at least {ratio.low:.2f})"
         elif p99 is not None and bound is not None:

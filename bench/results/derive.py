@@ -6,9 +6,8 @@ Owns which samples belong together. Knows neither clocks nor tables; the arithme
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 
-from bench.machine.environment import BUSY_PERCENT
+from bench.machine.environment import mostly_busy
 from bench.results.roofline import Point, Rate, Survey, place
 from bench.results.schema import Against, Percentiles, Ratio, Result, Row, Sample, SubjectResult
 from bench.results.statistics import (
@@ -54,7 +53,7 @@ def verdicts(result: Result, threshold_percent: float) -> list[tuple[Ratio, Deci
 
 def was_busy(result: Result) -> bool:
     """Whether other processes used the CPUs most of the times that this was looked at."""
-    return median((result.environment.cpu_busy_percent, *result.cpu_busy_percents)) > BUSY_PERCENT
+    return mostly_busy((result.environment.cpu_busy_percent, *result.cpu_busy_percents))
 
 
 def rows(samples: Sequence[Sample], subjects: Sequence[SubjectResult]) -> tuple[Row, ...]:

@@ -149,10 +149,10 @@ class Row(Frozen):
     """What was found for a subject at a batch size. Throughputs are those of the rounds' blocks.
 
     `system_share_percent` is the part of its CPU time, end to end, that the operating system took: mapping memory,
-    above all; None where it was not counted. `timer_share_percent` is how much of a call on the
-    device is the clock's own. `gpu_latency_p50_ms` is the median of the device-resident calls that the GPU's clock
-    timed: what is missing to the host's median is the time to launch and to notice the end. `energy_per_image_j` is by
-    counter, and empty where the machine has none.
+    above all; None where it was not counted. `timer_share_percent` is how much of a call on the device is the clock's
+    own. `gpu_latency_p50_ms` is the median of the device-resident calls that the GPU's clock timed: what is missing to
+    the host's median is the time to launch and to notice the end. `energy_per_image_j` is by counter, and empty where
+    the machine has none.
     """
 
     subject: str
@@ -226,9 +226,9 @@ class Result(Frozen):
     """The whole file. `rows` and `ratios` can be derived again from `samples`.
 
     `survey` is what `roofline` compares the rows with; None where it was not made. `readings` are the machine's clocks,
-    temperatures and power before the first round and after each. `cpu_busy_percents` is the share
-    of the CPUs that others used after each process. `interrupted`: somebody ended it before it was done. `command` is
-    the command line that made it.
+    temperatures and power before the first round and after each. `cpu_busy_percents` is the share of the CPUs that
+    others used after each process. `interrupted`: somebody ended it before it was done. `command` is the command line
+    that made it.
     """
 
     schema_version: Literal[3]

@@ -65,11 +65,6 @@ class Spread:
         return None if self.low is None or self.high is None else 50 * (self.high - self.low) / self.median
 
     @property
-    def drowned(self) -> bool:
-        """Whether noise leaves nothing of it: half the interval's width exceeds `DROWNED_PERCENT`."""
-        return (self.half_width_percent or 0.0) > DROWNED_PERCENT
-
-    @property
     def stable(self) -> bool:
         """Whether the median is known to within `STABLE_WITHIN_PERCENT`."""
         return self.half_width_percent is not None and self.half_width_percent <= STABLE_WITHIN_PERCENT
@@ -164,7 +159,7 @@ def _between_processes(
     processes: Sequence[Sequence[float] | np.ndarray], confidence: float = CONFIDENCE
 ) -> tuple[float, float | None, float | None]:
     """The median of the processes' medians, and the interval of their trimmed geometric mean (None below three)."""
-    medians = np.asarray([np.median(group) for group in processes], np.float64)
+    medians = _medians(processes)
     middle = float(np.median(medians))
     if len(medians) < MIN_PROCESSES_FOR_INTERVAL:
         return middle, None, None
@@ -175,6 +170,11 @@ def _between_processes(
     centre = float(logarithms[cut : count - cut].mean())
     reach = float(stats.t.ppf((1 + confidence) / 2, count - 2 * cut - 1)) * error
     return middle, min(math.exp(centre - reach), middle), max(math.exp(centre + reach), middle)
+
+
+def _medians(processes: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
+    """The median of each process, float64 [P]."""
+    return np.asarray([np.median(group) for group in processes], np.float64)
 
 
 def settled(values: Sequence[float]) -> bool:
@@ -227,17 +227,17 @@ def ratio_of_medians(numerators: Sequence[Sequence[float]], denominators: Sequen
         raise ValueError(
             f"two series of at least one process are needed, got {len(numerators)} and {len(denominators)}"
         )
-    above, below = spread(numerators), spread(denominators)
-    ratio = above.median / below.median
+    above, below = _medians(numerators), _medians(denominators)
+    middles = float(np.median(above)), float(np.median(below))
+    ratio, processes = middles[0] / middles[1], min(len(above), len(below))
     low = high = None
-    if min(len(numerators), len(denominators)) >= MIN_PROCESSES_FOR_INTERVAL:
-        logs = [np.log([np.median(group) for group in series]) for series in (numerators, denominators)]
-        interval = stats.ttest_ind(*logs, equal_var=False).confidence_interval(CONFIDENCE)
+    if processes >= MIN_PROCESSES_FOR_INTERVAL:
+        interval = stats.ttest_ind(np.log(above), np.log(below), equal_var=False).confidence_interval(CONFIDENCE)
         if math.isnan(interval.low):  # none of both scatters at all
             low = high = ratio
         else:
             low, high = min(math.exp(interval.low), ratio), max(math.exp(interval.high), ratio)
-    return MedianRatio(ratio, low, high, above.median, below.median, min(above.processes, below.processes))
+    return MedianRatio(ratio, low, high, *middles, processes)
 
 
 Decision = Literal["slower", "not slower", "inconclusive"]

@@ -17,7 +17,7 @@ from bench.backends.registry import find_backend, registered
 from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
 from bench.results.schema import Row, Skipped
 from bench.results.terms import CONTROL_SUFFIX, label_of
-from export.bundle import FLOAT32, VARIANTS, Bundle, BundleError, FileEntry
+from export.bundle import FLOAT32, VARIANTS, Bundle, BundleError, FileEntry, Precision
 
 Progress = Callable[[str, float], None]
 """Told what is being done and the share of the run that is done (0 to 1)."""
@@ -119,6 +119,11 @@ class Subject:
     def entry(self) -> FileEntry | None:
         """The file; None for the backend that computes nothing."""
         return file_of(self.backend, self.bundle, self.options)
+
+    @property
+    def precision(self) -> Precision:
+        """That of the file, which decides what its logits are held to."""
+        return FLOAT32 if self.entry is None else self.entry.precision
 
 
 def opened(path: Path, *, verified: bool = True) -> Bundle:

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from bench.machine import sensors
-from bench.machine.environment import BUSY_PERCENT, cpu_busy_percent, load_1min
+from bench.machine.environment import cpu_busy_percent, load_1min, mostly_busy
 from bench.results.derive import decided, enough, ratios, roofline, rows, stable
 from bench.results.parity import Bisection, ParityVerdict, at_batch, judge, worst_images
 from bench.results.roofline import Survey
@@ -28,7 +27,6 @@ from bench.run.plan import Listener, Plan, Progress, Rounds, Subject
 from bench.worker.bisect import bisectable
 from bench.worker.messages import Bisect, Evaluate, Evaluated, Measure, Measured, Prepare, Prepared
 from bench.worker.peaks import survey
-from export.bundle import FLOAT32
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +137,7 @@ class _Measuring:
             if rounds is None or number == rounds.processes or all(lane.failure for lane in self.ready.lanes):
                 return
             now = time.monotonic()
+            # Another process needs half of what this one took at least, to start and for a round.
             if now + (now - began) / 2 > self.deadline or self.settled(rounds, number):
                 return
 
@@ -148,8 +147,9 @@ class _Measuring:
         labels = {subject.label for subject in alive}
         samples = [sample for sample in self.samples if sample.subject in labels]
         if rounds.bound is not None:
-            quiet = median(self.busy) <= BUSY_PERCENT  # else it is worth waiting for
-            return quiet and number >= MIN_PROCESSES and decided(samples, alive, rounds.bound)
+            busy = mostly_busy((self.ready.environment.cpu_busy_percent, *self.busy))
+            # On a busy machine nothing would be called slower: it is worth waiting for a quiet one.
+            return not busy and number >= MIN_PROCESSES and decided(samples, alive, rounds.bound)
         return rounds.count is None and stable(samples)
 
     def prove(self, lanes: list[Lane]) -> None:
@@ -221,12 +221,10 @@ class _Measuring:
             self.oracle(lane),
             subject.bundle.manifest.tolerances,
             subject.options.profile,
-            FLOAT32 if subject.entry is None else subject.entry.precision,
+            subject.precision,
         )
-        if problem is not None:
-            failure = f"at batch {batch_size}: {problem}"
-            if failure not in lane.parity.failures:
-                lane.parity = replace(lane.parity, passed=False, failures=(*lane.parity.failures, failure))
+        if problem is not None and (failure := f"at {problem}") not in lane.parity.failures:
+            lane.parity = replace(lane.parity, passed=False, failures=(*lane.parity.failures, failure))
 
     def show(self, what: str, processes: float = 0.0) -> None:
         """Say what is being done; `processes` are those that are done, with the share of the one that runs."""
@@ -241,8 +239,7 @@ class _Measuring:
 
 def verdict_of(subject: Subject, logits: np.ndarray, oracle: Oracle) -> ParityVerdict:
     """The verdict on a subject's logits of all of its oracle's inputs."""
-    precision = FLOAT32 if subject.entry is None else subject.entry.precision
-    return judge(logits, oracle, subject.bundle.manifest.tolerances, subject.options.profile, precision)
+    return judge(logits, oracle, subject.bundle.manifest.tolerances, subject.options.profile, subject.precision)
 
 
 def _survey(plan: Plan, lanes: list[Lane], show: Callable[[str], None]) -> Survey | None:

@@ -182,7 +182,8 @@ def at_batch(
     """
     batch, images = len(logits), len(oracle.logits)
     if not batch or logits.shape[1:] != oracle.logits.shape[1:]:
-        return f"logits of shape {list(logits.shape)}, expected {[batch or 'batch', *oracle.logits.shape[1:]]}"
+        expected = [batch or "batch", *oracle.logits.shape[1:]]
+        return f"batch {batch}: logits of shape {list(logits.shape)}, expected {expected}"
     limit = RmsLimit.of(oracle.logits, tolerances, precision, tf32=tf32)
     failures = _not_finite(logits)
     for start in range(0, 0 if failures else batch, images):
