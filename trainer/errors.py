@@ -6,9 +6,12 @@ the way a command ends when it is interrupted. Knows nothing of what the command
 
 from __future__ import annotations
 
+import contextlib
 import io
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Protocol
 
@@ -55,6 +58,35 @@ class _App(Protocol):
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     raise Terminated
+
+
+@contextlib.contextmanager
+def no_interrupt_lost() -> Iterator[None]:
+    """Leave the block by the interrupt that arrived in it, whatever a library made of that.
+
+    A KeyboardInterrupt in Python code that C++ called may come out of it as a TypeError, as it does within
+    torch.export, or not at all. Signals act in the main thread; elsewhere this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if callable(handler)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        before[signal.Signals(number)](number, frame)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived and not isinstance(sys.exc_info()[1], (KeyboardInterrupt, Terminated)):
+            signal.raise_signal(arrived[0])
 
 
 def run_app(app: _App, prog_name: str) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.errors import UserError
+from trainer.errors import UserError, no_interrupt_lost
 
 # A folder is locked a moment after it was made.
 ABANDONED_AFTER_S = 60
@@ -42,7 +42,8 @@ def building(target: Path, marker: str) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         staging.chmod(0o755)
         with _locked(staging):
-            yield staging
+            with no_interrupt_lost():
+                yield staging
             _sync(staging)
             _swap_in(staging, target, marker)
     except OSError as error:

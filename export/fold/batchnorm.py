@@ -16,6 +16,7 @@ from export.fold.errors import FoldError
 from export.fold.report import FoldReport, Runtime, Strategy
 from export.fold.search import Limits
 from export.fold.whole import difference, until_right
+from trainer.errors import no_interrupt_lost
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def export_program(
         attempts = [any_batch(len(inputs)), None]
     for attempt in attempts:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), no_interrupt_lost():
                 return torch.export.export(model, inputs, dynamic_shapes=attempt)
         except Exception as error:  # torch.export raises many kinds; each means that it does not take this model
             problem = error

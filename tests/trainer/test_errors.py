@@ -1,0 +1,60 @@
+"""An interrupt ends what it was sent to, whatever a library in between makes of it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from export.fold import fold_batchnorm
+from trainer.errors import no_interrupt_lost
+from trainer.publish import building
+
+
+def swallowed(into: type[Exception] | None) -> None:
+    """What C++ between two pieces of Python may do with an interrupt."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        if into is not None:
+            raise into("argument 'size' failed to unpack") from None
+
+
+class InterruptedWhileTraced(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        swallowed(TypeError)
+        return x
+
+
+@pytest.mark.parametrize("into", [None, TypeError])
+def test_an_interrupt_that_was_made_into_something_else(into: type[Exception] | None) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), no_interrupt_lost():
+        swallowed(into)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_acts_at_once() -> None:
+    went_on = []
+    with pytest.raises(KeyboardInterrupt), no_interrupt_lost():
+        went_on.extend([signal.raise_signal(signal.SIGINT)])
+    assert not went_on
+
+
+def test_other_exceptions_pass() -> None:
+    with pytest.raises(ValueError, match="its own"), no_interrupt_lost():
+        raise ValueError("its own")
+
+
+def test_folding_does_not_blame_the_model_for_an_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fold_batchnorm(InterruptedWhileTraced().eval(), (torch.zeros(2, 3),))
+
+
+def test_nothing_is_published_after_an_interrupt(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), building(tmp_path / "out", "marker"):
+        swallowed(None)
+    assert list(tmp_path.iterdir()) == []
