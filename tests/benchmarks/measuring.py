@@ -13,7 +13,9 @@
                                                              and OpenVINO's benchmark_app, N processes of each
     python tests/benchmarks/measuring.py loadgen [N]         the p50 of N runs of LoadGen SingleStream against bench's
 
-Results go to docs/results/measuring.json, one entry for each experiment. They need `nox -s train export` first, and a
+Results go to docs/results/measuring.json, one entry for each experiment. Each comparison of two bundles is a line of
+docs/results/measuring/EXPERIMENT.jsonl as soon as it is done; N more are added to those that were made with the same
+settings on the same kind of CPU, and the entry is of all of them. They need `nox -s train export` first, and a
 machine that does nothing else (`busy` brings its own disturbance).
 """
 
@@ -65,6 +67,7 @@ from export.bundle import Bundle
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "artifacts" / "bundles" / "article"
 RESULTS = ROOT / "docs" / "results" / "measuring.json"
+RAW = RESULTS.with_suffix("")
 IMAGES = 300
 """So many of the oracle's inputs: parity is not what is tried here."""
 BATCH_SIZE, BLOCK_S, TIME_LIMIT_S, THREADS = 64, 0.02, 30.0, 1
@@ -153,6 +156,7 @@ def compare(
 
 
 def comparisons(
+    name: str,
     count: int,
     percent: float,
     threshold_percent: float,
@@ -166,46 +170,62 @@ def comparisons(
     A slowdown is one of the device-resident timing: there it is known. Of a bundle against itself all ratios count.
     """
     timings = ("device_resident",) if percent or noise_percent else TIMINGS
-    decisions: Counter[str] = Counter()
-    verdicts_of_runs: Counter[str] = Counter()
-    medians, processes, seconds, busy_runs = [], [], [], 0
-    with short_bundle(
-        *(f"{SLOW_FOLDER}{slower:g}-{noise_percent:g}" for slower in (0, percent)), numbered=True
-    ) as pair:
-        for number in range(count):
-            began = time.perf_counter()
-            result = compare(pair, backends, threads, rounds, threshold_percent)
-            seconds.append(time.perf_counter() - began)
-            found = [(r, decision) for r, decision in verdicts(result, threshold_percent) if r.timing in timings]
-            decisions.update(decision for _, decision in found)
-            of_run = {decision for _, decision in found}
-            verdicts_of_runs[next(d for d in ("slower", "inconclusive", "not slower") if d in of_run)] += 1
-            medians += [ratio.throughput_ratio.median for ratio, _ in found]
-            processes.append(found[0][0].throughput_ratio.processes)
-            busy_runs += was_busy(result)
-            words = ", ".join(f"{ratio_words(ratio.throughput_ratio, '.3f')} {decision}" for ratio, decision in found)
-            print(f"{number + 1}: {words}; {processes[-1]} processes, {seconds[-1]:.0f} s", flush=True)
-    return {
-        "comparisons": count,
+    settings = {
+        "cpu": cpu(),
         "slowdown_percent": percent,
         "noise_percent": noise_percent,
         "threshold_percent": threshold_percent,
-        "runs": dict(verdicts_of_runs),
-        "ratios": dict(decisions),
-        "runs_on_a_busy_machine": busy_runs,
-        "ratio_median": statistics.median(medians),
-        "ratio_lowest": min(medians),
-        "ratio_highest": max(medians),
-        "processes_median": statistics.median(processes),
-        "seconds_median": round(statistics.median(seconds), 1),
-        "settings": {"backends": backends, "threads": threads, **asdict(rounds)},
+        "backends": list(backends),
+        "threads": threads,
+        **json.loads(json.dumps(asdict(rounds))),
+    }
+    raw = RAW / f"{name}.jsonl"
+    raw.parent.mkdir(exist_ok=True)
+    with short_bundle(
+        *(f"{SLOW_FOLDER}{slower:g}-{noise_percent:g}" for slower in (0, percent)), numbered=True
+    ) as pair:
+        for _ in range(count):
+            began = time.perf_counter()
+            result = compare(pair, backends, threads, rounds, threshold_percent)
+            found = [(r, decision) for r, decision in verdicts(result, threshold_percent) if r.timing in timings]
+            line = {
+                "date": date.today().isoformat(),
+                "settings": settings,
+                "decisions": [decision for _, decision in found],
+                "ratios": [asdict(ratio.throughput_ratio) for ratio, _ in found],
+                "busy": was_busy(result),
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+            with raw.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            words = ", ".join(f"{ratio_words(ratio.throughput_ratio, '.3f')} {decision}" for ratio, decision in found)
+            print(f"{words}; {line['seconds']:.0f} s", flush=True)
+    return summary([line for line in map(json.loads, raw.read_text().splitlines()) if line["settings"] == settings])
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was decided in comparisons of the same settings: of whole runs, as their exit code says, and of ratios."""
+    order = ("slower", "inconclusive", "not slower")
+    ratios = [ratio["median"] for line in lines for ratio in line["ratios"]]
+    return {
+        "comparisons": len(lines),
+        "dates": sorted({line["date"] for line in lines}),
+        "runs": dict(Counter(min(line["decisions"], key=order.index) for line in lines)),
+        "ratios": dict(Counter(decision for line in lines for decision in line["decisions"])),
+        "runs_on_a_busy_machine": sum(line["busy"] for line in lines),
+        "ratio_median": statistics.median(ratios),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+        "processes_median": statistics.median(line["ratios"][0]["processes"] for line in lines),
+        "seconds_median": statistics.median(line["seconds"] for line in lines),
+        "settings": lines[0]["settings"],
     }
 
 
 def by_default(count: int) -> list[dict[str, Any]]:
     """As a plain `bench ab`, with two and with four backends."""
     four = ("torchscript-cpu", "onnx-cpu", "openvino-cpu", "onnx-cpu-parallel")
-    return [comparisons(count, 0, 5, 0, names, usable_cpus(), DEFAULT) for names in (four[1:3], four)]
+    return [comparisons("aa-default", count, 0, 5, 0, names, usable_cpus(), DEFAULT) for names in (four[1:3], four)]
 
 
 def coverage(count: int) -> dict[str, Any]:
@@ -297,13 +317,13 @@ PEERS = {
         "s = onnxruntime.InferenceSession({path!r}, o, providers=['CPUExecutionProvider']); "
         "f = {{s.get_inputs()[0].name: numpy.load({x!r})}}; run = lambda: s.run(None, f); end = time.time() + 1\n"
         "while time.time() < end: run()\n"
-        "n, start = 0, time.perf_counter()\n"
-        "while time.perf_counter() < start + {seconds}: run(); n += 1\n"
-        "print((time.perf_counter() - start) / n)"
+        "took, start = [time.perf_counter()], time.perf_counter()\n"
+        "while took[-1] < start + {seconds}: run(); took.append(time.perf_counter())\n"
+        "print(numpy.median(numpy.diff(took)))"
     ),
     "torch-cpu": (
         "import torch, torch.utils.benchmark as b; torch.set_num_threads({threads}); "
-        "m = torch.export.load({path!r}).module(); x = torch.from_numpy(numpy.load({x!r}))\n"
+        "m = torch.export.load({path!r}).module(check_guards=False); x = torch.from_numpy(numpy.load({x!r}))\n"
         "with torch.inference_mode():\n"
         "    t = b.Timer('m(x)', globals=dict(m=m, x=x), num_threads={threads}); t.timeit(20)\n"
         "    print(t.blocked_autorange(min_run_time={seconds}).median)"
@@ -417,18 +437,23 @@ def busy(count: int) -> dict[str, Any]:
     other = context.Process(target=_spin, args=(stop,))
     other.start()
     try:
-        return comparisons(count, 0, 5)
+        return comparisons("busy", count, 0, 5)
     finally:
         stop.set()
         other.join()
 
 
-def store(name: str, found: Any) -> None:
-    """Add or replace an experiment's entry."""
+def cpu() -> str:
+    """What the CPU calls itself."""
     import cpuinfo
 
+    return str(cpuinfo.get_cpu_info().get("brand_raw"))
+
+
+def store(name: str, found: Any) -> None:
+    """Add or replace an experiment's entry."""
     have = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    machine = {"cpu": cpuinfo.get_cpu_info().get("brand_raw"), "platform": platform.platform()}
+    machine = {"cpu": cpu(), "platform": platform.platform()}
     have[name] = {"date": date.today().isoformat(), **machine, "found": found}
     RESULTS.write_text(json.dumps(have, indent=1) + "\n")
     print(json.dumps(found, indent=1))
@@ -441,17 +466,18 @@ if __name__ == "__main__":
         case ["overhead"]:
             store("overhead", overhead())
         case ["aa", *_]:
-            store("aa", comparisons(count, 0, 5))
+            store("aa", comparisons("aa", count, 0, 5))
         case ["aa-default", *_]:
             store("aa-default", by_default(count))
         case ["noise", *_]:
-            store("noise", comparisons(count, 100 / 92 * 100 - 100, 5, 8))
+            store("noise", comparisons("noise", count, 100 / 92 * 100 - 100, 5, 8))
         case ["coverage", *_]:
             store("coverage", coverage(count))
         case ["busy", *_]:
             store("busy", busy(count))
         case ["slow", *_]:
-            store("slow", [comparisons(count, 100 / 90 * 100 - 100, 5), comparisons(count, 100 / 95 * 100 - 100, 2)])
+            slowed = ((100 / 90 * 100 - 100, 5), (100 / 95 * 100 - 100, 2))
+            store("slow", [comparisons("slow", count, percent, threshold) for percent, threshold in slowed])
         case ["agreement"]:
             store("agreement", agreement())
         case ["peers", *_]:
