@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,16 +26,18 @@ from export.bundle import (
     Environment,
     FileEntry,
     Format,
+    LeftOut,
     Manifest,
     Oracle,
     Source,
     Tolerances,
     sha256_file,
 )
-from export.bundle.verdict import departure, rms_error
+from export.bundle.int8 import Int8Layers
+from export.checks import Checked, Checks, float32_error
 from export.fold.report import FoldReport, Runtime, Strategy
 from export.variants import File, Plan
-from trainer.errors import EXIT_NEGATIVE, UserError
+from trainer.errors import EXIT_NEGATIVE, UserError, no_interrupt_lost
 from trainer.provenance import cpu_name, git_commit, installed
 from trainer.publish import building, refuse_foreign
 
@@ -47,18 +47,13 @@ if TYPE_CHECKING:
 
     from export.fold import Folded
     from export.source import Material
-    from export.variants import Networks
+    from export.writing import Networks, Writer
 
 EXACT = 1e-12
 """Largest relative difference, in float64, between the folded network and the unfolded one."""
 
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "safetensors")
-INT8_LIBRARIES = ("openvino", "nncf")
-CHECK_BATCHES = (500, 7)
-"""Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
-CHECK_INPUTS = 2_500
-"""float32 files are checked on so many of the oracle's inputs. The reference runs all of them, since its error is the
-unit, and so do files of other precisions, whose predictions are counted."""
+INT8_LIBRARIES = ("openvino",)
 NO_VARIANTS = Plan()
 
 
@@ -117,7 +112,7 @@ def build(
     import torch
 
     from export import oracle as truth
-    from export import variants
+    from export import writing
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import any_batch, as_module, export_program
 
@@ -141,7 +136,7 @@ def build(
             say("for torch:\n" + _summary(for_torch.report))
             _require_equal(model64, for_torch.module, inputs)
         ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
-        networks = variants.networks(plan, model64, ways, example.double(), strategy)
+        networks = writing.networks(plan, model64, ways, example.double(), strategy)
         for network in networks.values():
             _require_equal(model64, network, inputs)
         if any(file.takes == "raw" for file in plan.files):
@@ -153,8 +148,6 @@ def build(
             if for_torch is not folded:
                 torch_program = export_program(for_torch.module.float(), (example,), batch)
             entries = _write_files(folder, material, program, onnx_program, torch_program, for_torch.module, say)
-            for file, opset in variants.write(plan, networks, material, folder, say):
-                entries.append(_variant_entry(folder, file, opset))
             (folder / "checkpoint.safetensors").write_bytes(material.weights)
             logits = oracle_process.wait()
             if not np.isfinite(logits).all():
@@ -162,8 +155,25 @@ def build(
             oracle = Oracle(material.raw, material.labels, logits)
             _write_oracle(folder / "oracle.safetensors", oracle)
             say("checking every file with optimisations off")
+            (reference,) = (entry for entry in entries if entry.format == "pt2" and not entry.folded)
+            error = float32_error(reference, folder, oracle, inputs)
+            if not np.isfinite(error):
+                raise ExportRefused("The unfolded model's float32 logits are not finite: it overflows.")
             kept: dict[Runtime, int] = {runtime: len(way.report.kept) for runtime, way in ways.items()}
-            tolerances = _check_files(folder, entries, oracle, inputs, kept)
+            tolerances = Tolerances(float32_rms_error=error)
+            checks = Checks(folder, oracle, inputs, kept, tolerances)
+            for entry in entries:
+                if (problem := checks.check(entry).problem) is not None:
+                    raise ExportRefused(f"{entry.path} is not right: {problem}.")
+            left_out = list(plan.left_out)
+            with writing.Writer(networks, material, folder) as writer:
+                for file in plan.files:
+                    made = _variant(file, writer, checks, say)
+                    if isinstance(made, FileEntry):
+                        entries.append(made)
+                        continue
+                    left_out.append(LeftOut(what=file.name, reason=made, asked_for=file.name in plan.by_name))
+                    say(f"left out {file.name}: {made}")
             manifest = Manifest(
                 schema_version=1,
                 name=target.name,
@@ -173,6 +183,7 @@ def build(
                 preprocessing=material.preprocessing,
                 class_names=material.class_names,
                 files=tuple(entries),
+                left_out=tuple(left_out),
                 checkpoint=_data_file(folder / "checkpoint.safetensors"),
                 oracle=_data_file(folder / "oracle.safetensors"),
                 fold=folded.report,
@@ -236,86 +247,55 @@ def _write_files(
     return entries
 
 
-def _variant_entry(folder: Path, file: File, opset: int | None) -> FileEntry:
+def _variant(file: File, writer: Writer, checks: Checks, say: Callable[[str], None]) -> FileEntry | str:
+    """A file of the plan, written and checked; or why it is not right, in words, and then nothing of it is left."""
     from export.formats import openvino_file
 
-    companions = (openvino_file.weights(folder / file.name),) if file.format == "openvino" else ()
-    return FileEntry(
-        **_data_file(folder / file.name).model_dump(),
-        format=file.format,
-        precision=file.precision,
-        folded=True,
-        takes=file.takes,
-        opset=opset,
-        companions=tuple(_data_file(path) for path in companions),
-    )
-
-
-def _check_files(
-    folder: Path, entries: list[FileEntry], oracle: Oracle, inputs: np.ndarray, kept: dict[Runtime, int]
-) -> Tolerances:
-    """Load every file again and hold it to the oracle; returns the tolerances, whose unit is torch's own error.
-
-    `kept` is how many BatchNorms the network has left that is folded for each runtime.
-    """
-    from export import oracle as truth
-
-    tolerances: Tolerances | None = None
-    whole, odd = CHECK_BATCHES
-    # The reference first: its error is the unit that the others are measured in.
-    for entry in sorted(entries, key=lambda entry: (entry.format != "pt2", entry.folded, entry.precision != "float32")):
-        for_torch = entry.format in ("pt2", "torchscript")
-        _require_folded(folder, entry, kept["torch" if for_torch else "onnxruntime"])
-        run = _runner(folder, entry)
-        taken = oracle.raw if entry.takes == "raw" else inputs
-        counted = tolerances is None or entry.precision != "float32"
-        logits = truth.run_in_batches(run, taken if counted else taken[:CHECK_INPUTS], whole)
-        if tolerances is None:
-            unit = rms_error(logits, oracle.logits)
-            if not np.isfinite(unit):
-                raise ExportRefused("The unfolded model's float32 logits are not finite: it overflows.")
-            tolerances = Tolerances(float32_rms_error=unit)
-        problem = truth.failure(logits, oracle, tolerances, entry.precision)
-        few = truth.run_in_batches(run, taken[: 3 * odd], odd)
-        if problem is None:
-            problem = (
-                truth.failure(few, oracle, tolerances, entry.precision)
-                if entry.precision == "float32"
-                else departure(few, logits, oracle)
+    say(f"making {file.name}")
+    path = checks.folder / file.name
+    companions = (openvino_file.weights(path),) if file.format == "openvino" else ()
+    try:
+        with no_interrupt_lost():
+            written = writer.write(file)
+            entry = FileEntry(
+                **_data_file(path).model_dump(),
+                format=file.format,
+                precision=file.precision,
+                folded=True,
+                takes=file.takes,
+                opset=written.opset,
+                companions=tuple(_data_file(companion) for companion in companions),
+                int8=written.int8,
             )
-        if problem is not None:
-            remedy = "" if entry.precision == "float32" else f" Leave --variant {entry.variant} out."
-            raise ExportRefused(f"{entry.path} is not right: {problem}.{remedy}")
-    assert tolerances is not None
-    return tolerances
+            checked = checks.check(entry)
+    except UserError:
+        raise
+    except Exception as error:  # quantisers and compilers raise whatever they like; the other files are none the worse
+        text = str(error).strip()
+        checked = Checked(
+            f"it can't be made ({type(error).__name__}: {text.splitlines()[0] if text else 'no message'})"
+        )
+    if checked.problem is None:
+        return entry.model_copy(update={"cpus": checked.cpus})
+    for each in (path, *companions):
+        each.unlink(missing_ok=True)
+    return checked.problem + (f". {worst}" if (worst := _worst_layers(writer.int8_layers(file))) else "")
 
 
-def _require_folded(folder: Path, entry: FileEntry, kept: int) -> None:
-    """No BatchNorm in a folded file but those that the report keeps.
-
-    A quantiser or torch's own exporter may fold more, into the layer before, where they see what torch.export's graph
-    does not show; a compiled program has no graph to count them in.
-    """
-    if not entry.folded or entry.format.startswith("aoti"):
-        return
-    found = _format_module(entry).batchnorms(folder / entry.path)
-    if found > kept:
-        raise ExportRefused(f"{entry.path} holds {found} BatchNorms, the fold report keeps {kept}.")
-
-
-def _runner(folder: Path, entry: FileEntry) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function. int8 runs as it will be run: without its optimisations onnxruntime computes in float32,
-    and would never see what an int8 kernel gets wrong.
-    """
-    module = _format_module(entry)
-    optimised = {"optimised": True} if entry.format == "onnx" and entry.precision == "int8" else {}
-    run: Callable[[np.ndarray], np.ndarray] = module.runner(folder / entry.path, **optimised)
-    return run
-
-
-def _format_module(entry: FileEntry) -> ModuleType:
-    modules = {"onnx": "onnx_file", "openvino": "openvino_file", "aoti-cpu": "aoti", "aoti-cuda": "aoti"}
-    return importlib.import_module(f"export.formats.{modules.get(entry.format, entry.format)}")
+def _worst_layers(ranking: Int8Layers | None) -> str | None:
+    """Which layers the error of an int8 file comes from, in words; None where that is not known."""
+    if ranking is None or not ranking.layers:
+        return None
+    layers = [
+        f"{layer.name} ({layer.error_percent:.2g} %)"
+        for layer in ranking.layers[:3]
+        if layer.error_percent < 0.9 * ranking.all_int8_error_percent
+    ]
+    if not layers:
+        return None
+    return (
+        f"Its error would be less than {ranking.all_int8_error_percent:.2g} % with these in float: {', '.join(layers)}"
+    )
 
 
 def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from export.fold.report import FoldReport, Strategy
-from trainer.errors import EXIT_NEGATIVE
+from trainer.errors import EXIT_NEGATIVE, UserError
 from trainer.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
@@ -99,14 +99,17 @@ def export(
         described = source.describe(path)
         plan = variants.plan(asked, aoti, None, None)
         fingerprint = build.fingerprint(described, strategy, plan, source.calibration_identity())
-        if build.up_to_date(target, fingerprint) is not None:
+        if (there := build.up_to_date(target, fingerprint)) is not None:
             print(f"nothing changed: {target} is up to date and every file is as it was published")
+            _end_without(there)
             return
         material = source.load(path, described, data_dir, calibrated=plan.calibrated)
-    for line in plan.left_out:
-        print(f"left out {line}")
-    _print_files(build.build(material, target, strategy, print, plan))
+    for missing in plan.left_out:
+        print(f"left out {missing.what}: {missing.reason}")
+    bundle = build.build(material, target, strategy, print, plan)
+    _print_files(bundle)
     print(f"published {target} in {time.perf_counter() - start:.1f} s")
+    _end_without(bundle)
 
 
 @app.command()
@@ -150,6 +153,17 @@ def explain(
     from export.fold.onnx_model import explain_onnx
 
     _print_report(explain_onnx(place, strategy))
+
+
+def _end_without(bundle: Bundle) -> None:
+    """Raises UserError where a file was asked for by name and is not right; the others are published."""
+    lacking = [missing for missing in bundle.manifest.left_out if missing.asked_for]
+    if lacking:
+        raise UserError(
+            " ".join(f"{missing.what} is not right: {missing.reason}." for missing in lacking)
+            + f" The other files are published in {bundle.path}.",
+            EXIT_NEGATIVE,
+        )
 
 
 def _print_files(bundle: Bundle) -> None:

@@ -1,6 +1,6 @@
-"""The truth: float64 logits of the unfolded model, and how far float32 may be from them.
+"""The truth: float64 logits of the unfolded model.
 
-Owns the oracle's numbers. The verdict is `export.bundle.verdict`'s. Knows no file format.
+Owns the oracle's numbers. Knows no file format.
 """
 
 from __future__ import annotations
@@ -8,16 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Self
 
 import numpy as np
 import torch
 from torch import fx, nn
-
-from export.bundle import Oracle, Precision, Tolerances
-from export.bundle.verdict import judge
 
 CHUNK = 50
 """Images at a time: 1,000 took 0.52 s in chunks of 50, 0.70 s of 250, 0.85 s at once (float64, two cores)."""
@@ -73,16 +69,3 @@ def _compute(pipe: Connection) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     module, inputs = pipe.recv()
     pipe.send(logits64(pickle.loads(module).double(), inputs))
-
-
-def run_in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, batch: int) -> np.ndarray:
-    """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller."""
-    return np.concatenate([run(inputs[i : i + batch]) for i in range(0, len(inputs), batch)])
-
-
-def failure(logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, precision: Precision) -> str | None:
-    """Why logits of the oracle's first inputs, from a file of that precision, are not right, or None where they are."""
-    count = len(logits)
-    first = Oracle(oracle.raw[:count], None if oracle.labels is None else oracle.labels[:count], oracle.logits[:count])
-    verdict = judge(logits, first, tolerances, precision)
-    return None if verdict.passed else "; ".join(verdict.failures)

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from export.bundle.manifest import VARIANTS as VARIANTS
     from export.bundle.manifest import Bundle as Bundle
     from export.bundle.manifest import BundleError as BundleError
+    from export.bundle.manifest import CpuVerdict as CpuVerdict
     from export.bundle.manifest import DataFile as DataFile
     from export.bundle.manifest import Environment as Environment
     from export.bundle.manifest import FileEntry as FileEntry
     from export.bundle.manifest import FoldReport as FoldReport
     from export.bundle.manifest import Format as Format
+    from export.bundle.manifest import Int8Layer as Int8Layer
+    from export.bundle.manifest import Int8Layers as Int8Layers
+    from export.bundle.manifest import LeftOut as LeftOut
+    from export.bundle.manifest import Limits as Limits
     from export.bundle.manifest import Manifest as Manifest
     from export.bundle.manifest import Oracle as Oracle
     from export.bundle.manifest import Precision as Precision

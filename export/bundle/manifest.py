@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from export.bundle.frozen import Frozen
+from export.bundle.int8 import CpuVerdict as CpuVerdict
+from export.bundle.int8 import Int8Layer as Int8Layer
+from export.bundle.int8 import Int8Layers as Int8Layers
+from export.bundle.int8 import NotNegative
 from export.fold.report import FoldReport as FoldReport  # part of the contract: readers take it from here
 from trainer.errors import UserError
 
@@ -51,11 +56,7 @@ class BundleError(UserError):
     """A bundle that is missing, damaged, incomplete or of another schema. The message names the file and the remedy."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TensorSpec(_Frozen):
+class TensorSpec(Frozen):
     """A named tensor; a dimension that is a string (``"batch"``) is symbolic."""
 
     name: str
@@ -63,7 +64,7 @@ class TensorSpec(_Frozen):
     shape: tuple[Dimension, ...]
 
 
-class Preprocessing(_Frozen):
+class Preprocessing(Frozen):
     """From the raw input as a user has it to what the model takes: ``(raw * scale - mean) / std``, in float32.
 
     `raw` describes the raw array; it is reshaped to the model's input shape, `mean` and `std` hold one value, or one
@@ -93,7 +94,7 @@ def _pad(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
     return (1,) * (length - len(shape)) + shape
 
 
-class DataFile(_Frozen):
+class DataFile(Frozen):
     """A file of the bundle: its place relative to the bundle, and what must be found there."""
 
     path: Annotated[str, Field(pattern=r"^[^/\\]+$")]
@@ -104,7 +105,8 @@ class DataFile(_Frozen):
 class FileEntry(DataFile):
     """A file that a runtime loads. `folded` is False for the control: the same model exported without folding.
 
-    `companions` are files that must lie beside it, such as the weights of an OpenVINO model.
+    `companions` are files that must lie beside it, such as the weights of an OpenVINO model. Of an int8 file `cpus` say
+    for which kinds of CPU it is proved right, and `int8` which layers its error comes from.
     """
 
     format: Format
@@ -113,6 +115,8 @@ class FileEntry(DataFile):
     takes: Takes = "preprocessed"
     opset: int | None = None
     companions: tuple[DataFile, ...] = ()
+    cpus: tuple[CpuVerdict, ...] = ()
+    int8: Int8Layers | None = None
 
     @property
     def variant(self) -> str:
@@ -120,7 +124,7 @@ class FileEntry(DataFile):
         return self.precision + (RAW_SUFFIX if self.takes == "raw" else "")
 
 
-class Source(_Frozen):
+class Source(Frozen):
     """Where the weights come from. What is not known (a user's own model has no recipe) is None."""
 
     factory: str
@@ -131,11 +135,7 @@ class Source(_Frozen):
     test_top1: float | None = None
 
 
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""A limit: NaN and infinity would let everything pass."""
-
-
-class Limits(_Frozen):
+class Limits(Frozen):
     """How far from the oracle a precision coarser than float32 may be; `export.bundle.limits` says why so far.
 
     `rms_percent` is the largest RMS error, in percent of the spread of the oracle's outputs. `top1_loss_points` is by
@@ -158,7 +158,7 @@ RETIRED_TOLERANCES = frozenset(
 """Limits on shares of flips and on differences of top-1, which no rule asks for any more. Older bundles state them."""
 
 
-class Tolerances(_Frozen):
+class Tolerances(Frozen):
     """What parity must hold to, stated by the exporter. The defaults are the project's own.
 
     `fast` is for float32 that a runtime may compute in TF32. A manifest that states a retired limit is read without it.
@@ -181,7 +181,7 @@ class Tolerances(_Frozen):
         return {name: value for name, value in fields.items() if name not in RETIRED_TOLERANCES}
 
 
-class Environment(_Frozen):
+class Environment(Frozen):
     """The exporting machine."""
 
     python: str
@@ -190,7 +190,17 @@ class Environment(_Frozen):
     git_commit: str | None
 
 
-class Manifest(_Frozen):
+class LeftOut(Frozen):
+    """A file, or more, that the bundle might have and has not: why, and what would change that. `asked_for` by its
+    variant's name, and not as a part of all.
+    """
+
+    what: str
+    reason: str
+    asked_for: bool
+
+
+class Manifest(Frozen):
     """`bundle.json`."""
 
     schema_version: Literal[1]
@@ -201,6 +211,7 @@ class Manifest(_Frozen):
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     files: tuple[FileEntry, ...]
+    left_out: tuple[LeftOut, ...] = ()
     checkpoint: DataFile
     oracle: DataFile
     fold: FoldReport
@@ -219,6 +230,11 @@ class Oracle:
     raw: np.ndarray
     labels: np.ndarray | None
     logits: np.ndarray
+
+    def first(self, count: int) -> Oracle:
+        """That of the first `count` inputs."""
+        labels = None if self.labels is None else self.labels[:count]
+        return Oracle(self.raw[:count], labels, self.logits[:count])
 
 
 def _kind(format: Format, variant: str, folded: bool) -> str:

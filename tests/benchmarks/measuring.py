@@ -323,7 +323,8 @@ PEERS = {
     ),
     "torch-cpu": (
         "import torch, torch.utils.benchmark as b; torch.set_num_threads({threads}); "
-        "m = torch.export.load({path!r}).module(check_guards=False); x = torch.from_numpy(numpy.load({x!r}))\n"
+        "m = torch.export.load({path!r}).module(check_guards=False); m = torch.fx.GraphModule(m, m.graph).eval(); "
+        "x = torch.from_numpy(numpy.load({x!r}))\n"
         "with torch.inference_mode():\n"
         "    t = b.Timer('m(x)', globals=dict(m=m, x=x), num_threads={threads}); t.timeit(20)\n"
         "    print(t.blocked_autorange(min_run_time={seconds}).median)"

@@ -97,7 +97,7 @@ def test_a_batchnorm_left_in_a_folded_file(material: Material, tmp_path: Path, m
 
     real = torchscript.write
     monkeypatch.setattr(torchscript, "write", lambda module, example, path: real(material.module, example, path))
-    assert "model.ts holds 3 BatchNorms, the fold report keeps 0" in refuse(material, tmp_path)
+    assert "model.ts is not right: it holds 3 BatchNorms, the fold report keeps 0" in refuse(material, tmp_path)
 
 
 def test_a_fold_that_is_wrong_at_the_border(

@@ -1,0 +1,112 @@
+"""Holding each file of a bundle to the oracle, as soon as it is written.
+
+Owns how many inputs a file is run on, at which batch sizes, and what it is run with. The verdict is
+`export.bundle.verdict`'s; what becomes of a file that is not right is up to whoever asks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from export.bundle import CpuVerdict, FileEntry, Oracle, Tolerances
+from export.bundle.verdict import departure, judge, rms_error
+from export.fold.report import Runtime
+
+CHECK_BATCHES = (500, 7)
+"""Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
+CHECK_INPUTS = 2_500
+"""float32 files are checked on so many of the oracle's inputs. The reference runs all of them, since its error is the
+unit, and so do files of other precisions, whose predictions are counted."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of a file: why it is not right, in words, or None; of int8 that is right, what is proved elsewhere."""
+
+    problem: str | None
+    cpus: tuple[CpuVerdict, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the files in a folder are held to: the oracle, whose inputs the model takes as `inputs`, float32 [N, …].
+
+    `kept` is how many BatchNorms the network has left that is folded for each runtime.
+    """
+
+    folder: Path
+    oracle: Oracle
+    inputs: np.ndarray
+    kept: dict[Runtime, int]
+    tolerances: Tolerances
+
+    def check(self, entry: FileEntry) -> Checked:
+        """Load a file again, run it, and judge what it gives."""
+        whole, odd = CHECK_BATCHES
+        problem = self._unfolded(entry)
+        if problem is not None:
+            return Checked(problem)
+        run = runner(self.folder, entry)
+        taken = self.oracle.raw if entry.takes == "raw" else self.inputs
+        outputs = run_in_batches(run, taken if entry.precision != "float32" else taken[:CHECK_INPUTS], whole)
+        problem = self._failure(outputs, entry)
+        if problem is None:
+            few = run_in_batches(run, taken[: 3 * odd], odd)
+            strict = entry.precision == "float32"
+            problem = self._failure(few, entry) if strict else departure(few, outputs, self.oracle)
+        cpus = self._cpus(entry, taken, outputs) if problem is None and entry.precision == "int8" else ()
+        broken = [f"on a CPU of the kind {each.cpu} {'; '.join(each.failures)}" for each in cpus if each.failures]
+        return Checked(problem or "; ".join(broken) or None, cpus)
+
+    def _failure(self, outputs: np.ndarray, entry: FileEntry) -> str | None:
+        verdict = judge(outputs, self.oracle.first(len(outputs)), self.tolerances, entry.precision)
+        return None if verdict.passed else "; ".join(verdict.failures)
+
+    def _unfolded(self, entry: FileEntry) -> str | None:
+        """No BatchNorm in a folded file but those that the report keeps.
+
+        A quantiser or torch's own exporter may fold more, into the layer before, where they see what torch.export's
+        graph does not show; a compiled program has no graph to count them in.
+        """
+        if not entry.folded or entry.format.startswith("aoti"):
+            return None
+        kept = self.kept["torch" if entry.format in ("pt2", "torchscript") else "onnxruntime"]
+        found = _module(entry).batchnorms(self.folder / entry.path)
+        return f"it holds {found} BatchNorms, the fold report keeps {kept}" if found > kept else None
+
+    def _cpus(self, entry: FileEntry, taken: np.ndarray, outputs: np.ndarray) -> tuple[CpuVerdict, ...]:
+        from export.int8 import cpus
+
+        of = cpus.of_onnx if entry.format == "onnx" else cpus.of_openvino
+        elsewhere = of(self.folder / entry.path, taken, outputs)
+        return cpus.verdicts(outputs, elsewhere, self.oracle, self.tolerances)
+
+
+def float32_error(reference: FileEntry, folder: Path, oracle: Oracle, inputs: np.ndarray) -> float:
+    """The RMS error of a float32 file on the oracle's inputs, the unit of all others; infinite where it overflows."""
+    return rms_error(run_in_batches(runner(folder, reference), inputs, CHECK_BATCHES[0]), oracle.logits)
+
+
+def runner(folder: Path, entry: FileEntry) -> Callable[[np.ndarray], np.ndarray]:
+    """The file as a function. int8 runs as it will be run: without its optimisations onnxruntime computes in float32,
+    and would never see what an int8 kernel gets wrong.
+    """
+    optimised = {"optimised": True} if entry.format == "onnx" and entry.precision == "int8" else {}
+    run: Callable[[np.ndarray], np.ndarray] = _module(entry).runner(folder / entry.path, **optimised)
+    return run
+
+
+def run_in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, batch: int) -> np.ndarray:
+    """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller."""
+    return np.concatenate([run(inputs[i : i + batch]) for i in range(0, len(inputs), batch)])
+
+
+def _module(entry: FileEntry) -> ModuleType:
+    modules = {"onnx": "onnx_file", "openvino": "openvino_file", "aoti-cpu": "aoti", "aoti-cuda": "aoti"}
+    return importlib.import_module(f"export.formats.{modules.get(entry.format, entry.format)}")

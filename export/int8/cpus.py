@@ -1,0 +1,121 @@
+"""Whether an int8 file is right on the kinds of CPU that this machine is not, and how that is known.
+
+Owns the reasoning from what ran here to what runs elsewhere. x86 without VNNI adds up two products in 16 bits, with
+saturation; the other kinds add up in 32 bits, in which nothing overflows, so that they come to the same integers.
+What is no integer is rounded a little differently everywhere; the limits are made for that.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from export.bundle import Oracle, Tolerances
+from export.bundle.int8 import CpuKind, CpuVerdict, Proof
+from export.bundle.verdict import judge
+from export.checks import run_in_batches
+from export.int8.layers import integer_layers, optimised
+from export.int8.saturating import NotEmulated, SaturatingFile
+
+KINDS: tuple[CpuKind, ...] = get_args(CpuKind)
+SATURATES: CpuKind = "avx2"
+EMULATED_INPUTS = 1_000
+BATCH = 100
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+def kind_here() -> CpuKind | None:
+    """Which kind this machine's CPU is; None where it is none of them."""
+    import cpuinfo
+
+    flags = set(cpuinfo.get_cpu_info().get("flags", ()))
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return "vnni" if flags & {"avx512_vnni", "avx512vnni", "avx_vnni"} else "avx2" if "avx2" in flags else None
+    return "arm-dot" if "asimddp" in flags or platform.machine() == "arm64" else None
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A file's outputs, float64 [n, …] for the oracle's first inputs, as another kind of CPU computes them."""
+
+    proof: Proof
+    outputs: np.ndarray | None
+    layers: tuple[str, ...] = ()
+
+
+def verdicts(
+    outputs: np.ndarray, elsewhere: Callable[[CpuKind], Elsewhere], oracle: Oracle, tolerances: Tolerances
+) -> tuple[CpuVerdict, ...]:
+    """One verdict for each kind of CPU; `outputs` are those of this machine for the oracle's first inputs."""
+    here = kind_here()
+    return tuple(
+        _verdict(kind, Elsewhere("run", outputs) if kind == here else elsewhere(kind), oracle, tolerances)
+        for kind in KINDS
+    )
+
+
+def _verdict(kind: CpuKind, found: Elsewhere, oracle: Oracle, tolerances: Tolerances) -> CpuVerdict:
+    if found.outputs is None:
+        return CpuVerdict(cpu=kind, proof=found.proof, layers=found.layers)
+    judged = judge(found.outputs, oracle.first(len(found.outputs)), tolerances, "int8")
+    return CpuVerdict(
+        cpu=kind,
+        proof=found.proof,
+        passed=judged.passed,
+        failures=judged.failures,
+        rms_error_percent=judged.rms_error_percent,
+        flips=None if judged.flips is None else len(judged.flips),
+        images=judged.images,
+        layers=found.layers,
+    )
+
+
+def of_onnx(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Callable[[CpuKind], Elsewhere]:
+    """What an ONNX file comes to on another kind of CPU; `outputs` are this machine's for the inputs `taken`."""
+    here = kind_here()
+    names = tuple(layer.name for layer in integer_layers(optimised(path)) if layer.saturating.any())
+
+    def elsewhere(kind: CpuKind) -> Elsewhere:
+        if not names or (here is not None and SATURATES not in (here, kind)):
+            return Elsewhere("same integers", outputs)
+        if here is None:
+            return Elsewhere("not proved", None, names)
+        if here == SATURATES:
+            return Elsewhere("unsaturated run", run_in_batches(unsaturated(path), taken, BATCH))
+        try:
+            return Elsewhere("emulated", run_in_batches(SaturatingFile(path), taken[:EMULATED_INPUTS], BATCH), names)
+        except NotEmulated:
+            return Elsewhere("not proved", None, names)
+
+    return elsewhere
+
+
+def of_openvino(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Callable[[CpuKind], Elsewhere]:
+    """The same for OpenVINO's, which has no mode that never saturates, and whose order of products is its own."""
+    from export.formats import openvino_file
+
+    here = kind_here()
+    names = openvino_file.saturating(path)
+
+    def elsewhere(kind: CpuKind) -> Elsewhere:
+        if kind == "wasm":  # there is none
+            return Elsewhere("not proved", None)
+        if not names or (here is not None and SATURATES not in (here, kind)):
+            return Elsewhere("same integers", outputs)
+        return Elsewhere("not proved", None, names)
+
+    return elsewhere
+
+
+def unsaturated(path: Path) -> Run:
+    """An ONNX file on x86, with products added up in 32 bits; on a CPU with VNNI that is how it runs anyway."""
+    from export.formats.onnx_session import open_session
+
+    session = open_session(str(path), optimised=True, entries={"session.x64quantprecision": "1"})
+    (name,) = (each.name for each in session.get_inputs())
+    return lambda batch: np.asarray(session.run(None, {name: batch})[0])
