@@ -80,6 +80,7 @@ def fingerprint(source: Source, strategy: str, plan: Plan = NO_VARIANTS, calibra
         "code": code.hexdigest(),
         "files": [file.name for file in plan.files],
         "calibration": calibration if plan.calibrated else None,
+        "max_drop": plan.max_drop,
         "processor": cpu_name() if plan.compiled else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -166,7 +167,7 @@ def build(
                 if (problem := checks.check(entry).problem) is not None:
                     raise ExportRefused(f"{entry.path} is not right: {problem}.")
             left_out = list(plan.left_out)
-            with writing.Writer(networks, material, folder) as writer:
+            with writing.Writer(networks, material, folder, plan.max_drop) as writer:
                 for file in plan.files:
                     made = _variant(file, writer, checks, say)
                     if isinstance(made, FileEntry):

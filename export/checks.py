@@ -84,8 +84,8 @@ class Checks:
         from export.int8 import cpus
 
         of = cpus.of_onnx if entry.format == "onnx" else cpus.of_openvino
-        elsewhere = of(self.folder / entry.path, taken, outputs)
-        return cpus.verdicts(outputs, elsewhere, self.oracle, self.tolerances)
+        found = of(self.folder / entry.path, taken, outputs)
+        return tuple(cpus.verdict(kind, there, self.oracle, self.tolerances) for kind, there in found)
 
 
 def float32_error(reference: FileEntry, folder: Path, oracle: Oracle, inputs: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from trainer.errors import EXIT_NEGATIVE, UserError
 from trainer.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle
+    from export.bundle import Bundle, FileEntry
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -70,6 +70,14 @@ def export(
     calibration: Annotated[
         Path | None, typer.Option(help="With --model and int8: an .npz file of other `inputs`, to take ranges from.")
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="With int8: by how many points top-1 may drop. Layers stay in float until it drops by no more, on a "
+            "fifth of the calibration inputs, which need `labels`.",
+        ),
+    ] = None,
 ) -> None:
     """Export a trained model as TorchScript and ONNX with every BatchNorm folded, and check every file."""
     if context.invoked_subcommand is not None:
@@ -84,7 +92,9 @@ def export(
         target = out or Path("artifacts/bundles") / model.rpartition(":")[2]
         material = source.load_own(model, weights, _shape(input), data, calibration)
         uncalibrated = None if material.calibration else "int8 needs inputs to take its ranges from: --calibration FILE"
-        plan = variants.plan(asked, aoti, variants.raw_refusal(material.preprocessing), uncalibrated)
+        plan = variants.plan(asked, aoti, variants.raw_refusal(material.preprocessing), uncalibrated, max_drop)
+        if max_drop is not None and material.calibration is not None and material.calibration.labels is None:
+            raise UserError(f"--max-drop needs `labels` in --calibration {calibration}: what drops is top-1.")
     else:
         for name, given in (
             ("--weights", weights),
@@ -97,7 +107,7 @@ def export(
         path = checkpoint or Path("artifacts/training") / recipe / "checkpoint.safetensors"
         target = out or Path("artifacts/bundles") / recipe
         described = source.describe(path)
-        plan = variants.plan(asked, aoti, None, None)
+        plan = variants.plan(asked, aoti, None, None, max_drop)
         fingerprint = build.fingerprint(described, strategy, plan, source.calibration_identity())
         if (there := build.up_to_date(target, fingerprint)) is not None:
             print(f"nothing changed: {target} is up to date and every file is as it was published")
@@ -140,7 +150,10 @@ def explain(
     place: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_FILE", help="A bundle, or an ONNX file.")],
     strategy: StrategyOption = "auto",
 ) -> None:
-    """Say of each BatchNorm where it stood and what became of it, or, for an ONNX file, would become of it."""
+    """Say of each BatchNorm where it stood and what became of it, or, for an ONNX file, would become of it.
+
+    Of int8, which layers its error comes from, and which kinds of CPU it is right on.
+    """
     if place.is_dir():
         from export.bundle import Bundle
 
@@ -149,10 +162,15 @@ def explain(
         if manifest.fold_for_torch is not None:
             print("in the files that torch runs:")
             _print_report(manifest.fold_for_torch)
+        for entry in manifest.files:
+            _print_int8(entry)
+        for missing in manifest.left_out:
+            print(f"left out {missing.what}: {missing.reason}")
         return
     from export.fold.onnx_model import explain_onnx
 
     _print_report(explain_onnx(place, strategy))
+    _print_saturating(place)
 
 
 def _end_without(bundle: Bundle) -> None:
@@ -172,6 +190,41 @@ def _print_files(bundle: Bundle) -> None:
         kind = "folded" if entry.folded else "unfolded control"
         size = entry.bytes + sum(companion.bytes for companion in entry.companions)
         print(f"  {entry.path:<{width}} {size:>9,} bytes  {entry.format}, {entry.variant}, {kind}")
+
+
+def _print_int8(entry: FileEntry) -> None:
+    """Of an int8 file: its layers, first those that its error comes from, and a verdict for each kind of CPU."""
+    from export.bundle.int8 import CPU_WORDS, PROOF_WORDS
+
+    if entry.int8 is not None and entry.format == "onnx":  # OpenVINO's is made from it
+        found = entry.int8
+        named = {layer.name: f"{layer.name} ({layer.weights})" for layer in found.layers}
+        width = max(map(len, named.values()), default=0)
+        print(f"{entry.path}: RMS error {found.error_percent:.2f} % of the outputs' spread ({found.inputs} inputs)")
+        for layer in found.layers:
+            kept = ", and so it is" if layer.in_float else ""
+            print(
+                f"  {named[layer.name]:<{width}}  {layer.multiply_adds_percent:5.1f} % of the products; "
+                f"in float the error would be {layer.error_percent:.2f} %{kept}"
+            )
+    for cpu in entry.cpus:
+        verdict = {True: "right", False: "wrong", None: "not known"}[cpu.passed]
+        error = "" if cpu.rms_error_percent is None else f", RMS error {cpu.rms_error_percent:.2f} %"
+        flips = "" if cpu.flips is None else f", {cpu.flips} flips of {cpu.images}"
+        layers = f"; can saturate: {', '.join(cpu.layers)}" if cpu.layers else ""
+        print(f"{entry.path} on {CPU_WORDS[cpu.cpu]}: {verdict} ({PROOF_WORDS[cpu.proof]}{error}{flips}){layers}")
+
+
+def _print_saturating(file: Path) -> None:
+    """Of an ONNX file from anywhere: the integer layers whose sums of two products can leave 16 bits."""
+    from export.int8.layers import integer_layers, optimised
+
+    for layer in integer_layers(optimised(file)):
+        if layer.saturating.any():
+            print(
+                f"saturates {layer.name}: on x86 without VNNI {int(layer.saturating.sum())} of "
+                f"{layer.saturating.size} pairs of products can leave 16 bits"
+            )
 
 
 def _print_report(report: FoldReport) -> None:

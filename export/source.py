@@ -38,11 +38,12 @@ CALIBRATION_SEED = 0
 class Calibration:
     """Inputs that quantisation takes its ranges from: `raw` [N, …] as in `Material`, none of them one to be judged by.
 
-    `identity` says which they are: exporting again with the same changes nothing.
+    `identity` says which they are: exporting again with the same changes nothing. `labels`, int64 [N], where known.
     """
 
     raw: np.ndarray
     identity: str
+    labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def load(path: Path, source: Source, data_dir: Path, *, calibrated: bool = False
         data.test_images,
         data.test_labels,
         CLASS_NAMES,
-        _calibration_images(data.train_images, data.test_images) if calibrated else None,
+        _calibration_images(data) if calibrated else None,
     )
 
 
@@ -128,11 +129,11 @@ def calibration_identity() -> str:
     return f"{CALIBRATION_IMAGES} MNIST training images, seed {CALIBRATION_SEED}"
 
 
-def _calibration_images(train: np.ndarray, test: np.ndarray) -> Calibration:
+def _calibration_images(data: mnist.Mnist) -> Calibration:
     """Some of the training images, drawn from those that are no test image too."""
-    drawn = train[np.random.default_rng(CALIBRATION_SEED).permutation(len(train))[: 2 * CALIBRATION_IMAGES]]
-    new = drawn[~_known(drawn, test)]
-    return Calibration(new[:CALIBRATION_IMAGES], calibration_identity())
+    order = np.random.default_rng(CALIBRATION_SEED).permutation(len(data.train_images))[: 2 * CALIBRATION_IMAGES]
+    new = order[~_known(data.train_images[order], data.test_images)][:CALIBRATION_IMAGES]
+    return Calibration(data.train_images[new], calibration_identity(), data.train_labels[new].astype(np.int64))
 
 
 def _known(arrays: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -252,7 +253,7 @@ def _require_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
 
 def _read_calibration(path: Path, input_shape: tuple[int, ...], raw: np.ndarray) -> Calibration:
     """Inputs to calibrate with, none of which may be among those that the files are judged by."""
-    inputs, _ = _read_data(path, input_shape, "--calibration")
+    inputs, labels = _read_data(path, input_shape, "--calibration")
     if inputs.dtype != raw.dtype:
         raise UserError(
             f"--calibration {path} holds {inputs.dtype} inputs, those that the files are checked with are {raw.dtype}. "
@@ -265,7 +266,8 @@ def _read_calibration(path: Path, input_shape: tuple[int, ...], raw: np.ndarray)
             "with: the verdict on int8 would be a verdict on what it was fitted to. Calibrate with other inputs, for "
             "example training data."
         )
-    return Calibration(inputs, hashlib.sha256(inputs.tobytes()).hexdigest())
+    contents = hashlib.sha256(inputs.tobytes() + (b"" if labels is None else labels.tobytes()))
+    return Calibration(inputs, contents.hexdigest(), labels)
 
 
 def _read_data(

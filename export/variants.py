@@ -77,11 +77,15 @@ class File:
 
 @dataclass(frozen=True)
 class Plan:
-    """The files to be made, which of them were asked for by name, and what of everything is not made."""
+    """The files to be made, which of them were asked for by name, and what of everything is not made.
+
+    `max_drop` is by how many points of 100 the top-1 of int8 may drop on calibration inputs; None: it isn't looked at.
+    """
 
     files: tuple[File, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     by_name: frozenset[str] = frozenset()
+    max_drop: float | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -94,7 +98,13 @@ class Plan:
         return any(file.format.startswith("aoti") for file in self.files)
 
 
-def plan(asked: Sequence[str], aoti: bool, raw_refusal: str | None, calibration_refusal: str | None) -> Plan:
+def plan(
+    asked: Sequence[str],
+    aoti: bool,
+    raw_refusal: str | None,
+    calibration_refusal: str | None,
+    max_drop: float | None = None,
+) -> Plan:
     """What to make for `--variant` as it was given, and `--aoti`.
 
     The refusals say why there can be no variant that takes the raw input, or none of int8; None where there can. What
@@ -125,7 +135,10 @@ def plan(asked: Sequence[str], aoti: bool, raw_refusal: str | None, calibration_
             files += [File(_compiled_for(device), variant) for variant in programs]
     named = {file.name for file in files if file.variant in asked or (aoti and file.format.startswith("aoti"))}
     absent = (LeftOut(what=", ".join(what), reason=why, asked_for=False) for why, what in left_out.items())
-    return Plan(tuple(files), tuple(absent), frozenset(named))
+    made = Plan(tuple(files), tuple(absent), frozenset(named), max_drop)
+    if max_drop is not None and not made.calibrated:
+        raise UserError("--max-drop is for int8, which is not made. Leave it out, or add --variant int8.", EXIT_USAGE)
+    return made
 
 
 def _refusal(file: File, raw_refusal: str | None, calibration_refusal: str | None) -> tuple[str | None, int]:

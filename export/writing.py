@@ -112,10 +112,11 @@ class Writer:
     """Writes the files of a plan into `folder`, from float64 networks, and keeps what several of them are made of.
 
     What the quantiser takes ranges from is four fifths of the calibration inputs; the rest shows the error. Of fewer
-    than `FEW` all are for both.
+    than `FEW` all are for both. `max_drop` is by how many points top-1 may drop on that rest.
     """
 
-    def __init__(self, made_from: Networks, material: Material, folder: Path) -> None:
+    def __init__(self, made_from: Networks, material: Material, folder: Path, max_drop: float | None) -> None:
+        self._max_drop = max_drop
         self._made_from, self._material, self._folder = made_from, material, folder
         self._programs: dict[tuple[Kind, str], torch.export.ExportedProgram] = {}
         self._names = {"raw": material.preprocessing.raw.name, "preprocessed": material.input.name}
@@ -173,9 +174,10 @@ class Writer:
             scratch = Path(tempfile.mkdtemp(dir=self._scratch.name))
             float32_file, quantised = scratch / "float32.onnx", scratch / "int8.onnx"
             onnx_file.write(program, float32_file, *ends, optimize=True)
-            ranges, apart = _calibration_inputs(file, self._material)
+            ranges, apart, labels = _calibration_inputs(file, self._material)
             quantiser = onnx_int8.Quantiser(float32_file, ranges, scratch)
-            layers = Ranked(quantiser, float32_file, apart, scratch).layers(int8_limit_percent())
+            ranked = Ranked(quantiser, float32_file, apart, labels, scratch)
+            layers = ranked.layers(int8_limit_percent(), self._max_drop)
             opset = quantiser.write(quantised, [layer.name for layer in layers.layers if layer.in_float])
             self._int8[file.variant] = quantised, layers, opset
         return self._int8[file.variant]
@@ -199,12 +201,10 @@ def _program(file: File, network64: nn.Module, material: Material) -> torch.expo
     return export_program(network.eval(), (example,), any_batch())
 
 
-def _calibration_inputs(file: File, material: Material) -> tuple[np.ndarray, np.ndarray]:
-    """What the file's ranges are taken from, and what its error is seen with."""
+def _calibration_inputs(file: File, material: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What the file's ranges are taken from, what its error is seen with, and the labels of the latter."""
     assert material.calibration is not None
-    raw = material.calibration.raw
+    raw, labels = material.calibration.raw, material.calibration.labels
     inputs = raw if file.takes == "raw" else material.preprocessing.apply(raw, material.input.shape)
-    if len(inputs) < FEW:
-        return inputs, inputs
-    ranges = len(inputs) * 4 // 5
-    return inputs[:ranges], inputs[ranges:]
+    ranges = len(inputs) * 4 // 5 if len(inputs) >= FEW else 0
+    return inputs[: ranges or None], inputs[ranges:], None if labels is None else labels[ranges:]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bench.errors import EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_NEGATIVE
 from bench.results.derive import verdicts
 from bench.results.queries import noisy
 from bench.results.scenario import ScenarioResult
 from bench.results.schema import Result
 from bench.results.studies import Suite, Sweep
+from export.bundle import CpuVerdict
 
 
 def exit_code(result: Result, noise_percent: float | None = None) -> int:
@@ -18,6 +21,12 @@ def exit_code(result: Result, noise_percent: float | None = None) -> int:
         return EXIT_INTERRUPTED
     failed = any(subject.failure or (subject.parity and not subject.parity.passed) for subject in result.subjects)
     return EXIT_NEGATIVE if failed or (noise_percent is not None and noisy(result, noise_percent)) else 0
+
+
+def cpus_exit_code(verdicts: Iterable[CpuVerdict]) -> int:
+    """0; 1 when an int8 file is wrong on a kind of CPU; 5 when it is not known whether it is right."""
+    passed = {verdict.passed for verdict in verdicts}
+    return EXIT_NEGATIVE if False in passed else EXIT_INCONCLUSIVE if None in passed else 0
 
 
 def comparison_exit_code(result: Result, threshold_percent: float, allow_inconclusive: bool) -> int:

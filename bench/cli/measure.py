@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,17 @@ from bench.cli.options import (
 )
 from bench.errors import EXIT_USAGE, BenchError
 from bench.results.terms import Scenario
+
+
+class CpuChoice(StrEnum):
+    """`export.bundle.int8.CpuKind`, which --help doesn't wait for, and all of them."""
+
+    AVX2 = "avx2"
+    VNNI = "vnni"
+    ARM_DOT = "arm-dot"
+    WASM = "wasm"
+    ALL = "all"
+
 
 if TYPE_CHECKING:
     from bench.run.plan import Plan
@@ -225,25 +237,40 @@ def parity_command(
             "--bisect", help="Compare every ONNX file with the torch graph node by node, also where parity holds."
         ),
     ] = False,
+    cpus: Annotated[
+        list[CpuChoice] | None,
+        typer.Option(
+            "--cpus", help="Also the verdict on int8 files for a kind of CPU that this machine is not; repeatable."
+        ),
+    ] = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
     """The verdict alone: each backend's logits against the bundle's float64 oracle.
 
     Exit code 1 when one failed; every changed prediction is listed, and of an ONNX file that failed the first node that
-    diverges from the torch graph is named.
+    diverges from the torch graph is named. With --cpus, 1 also where an int8 file is wrong on such a CPU, and 5 where
+    nothing is proved of it.
     """
     check_judged(backend)
-    from bench.cli.exit_codes import exit_code
+    from bench.cli.exit_codes import cpus_exit_code, exit_code
+    from bench.report.columns import OnCpu
     from bench.report.terminal.console import console
-    from bench.report.terminal.parity import print_parity
+    from bench.report.terminal.parity import print_cpus, print_parity
+    from bench.results.queries import on_cpus
     from bench.run.rounds import run
+    from export.bundle import Bundle
+    from export.bundle.int8 import CPU_KINDS
 
     plan = _plan((bundle,), backend, variant, threads, profile, timeout, control)
     plan = replace(plan, bisect="always" if bisect else "failed")
     with shown_progress() as progress:
         result = run(plan, progress)
     print_parity(result, console())
-    raise typer.Exit(exit_code(result))
+    kinds = [kind for kind in CPU_KINDS if CpuChoice.ALL in (cpus or ()) or kind in (cpus or ())]
+    elsewhere = [OnCpu(*found) for found in on_cpus(result, Bundle.open(bundle), kinds)]
+    if cpus:
+        print_cpus(elsewhere, console())
+    raise typer.Exit(exit_code(result) or cpus_exit_code(each.verdict for each in elsewhere))
 
 
 def _scenario_request(

@@ -31,7 +31,8 @@ from bench.results.schema import Against, BundleFacts, Percentiles, Result, Row,
 from bench.results.statistics import PairedRatio
 from bench.results.studies import Candidate
 from bench.results.terms import TIMINGS, Scenario, Timing
-from export.bundle import FoldReport
+from export.bundle import CpuVerdict, FoldReport
+from export.bundle.int8 import CPU_WORDS, PROOF_WORDS
 
 MIB = 2**20
 
@@ -72,6 +73,14 @@ class Listed:
     name: str
     result: Result
     wrong: bool
+
+
+@dataclass(frozen=True)
+class OnCpu:
+    """An int8 file on a kind of CPU."""
+
+    file: str
+    verdict: CpuVerdict
 
 
 @dataclass(frozen=True)
@@ -460,6 +469,16 @@ PARITY: tuple[Column[Judged], ...] = (
     MAX_ERROR,
     RMS_ERROR,
     FLOAT32_ERRORS,
+)
+CPUS: tuple[Column[OnCpu], ...] = (
+    Column("file", lambda item: item.file, words=True),
+    Column("CPU", lambda item: CPU_WORDS[item.verdict.cpu], words=True),
+    Column("verdict", lambda item: item.verdict.passed, passed),
+    Column("how it is known", lambda item: PROOF_WORDS[item.verdict.proof], words=True),
+    Column("images", lambda item: item.verdict.images or None, whole),
+    Column("flips", lambda item: item.verdict.flips, whole),
+    Column("RMS error %", lambda item: item.verdict.rms_error_percent, rounded(".2f")),
+    Column("layers that saturate", lambda item: item.verdict.layers or None, ", ".join, words=True, optional=True),
 )
 PLACEMENT: tuple[Column[Judged], ...] = (BACKEND, FILE, SHA256, NODES, EVIDENCE, HOST_MEMORY, GPU_MEMORY)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from bench.results.schema import Result, Row, SubjectResult
 from bench.results.terms import TIMINGS, Timing
+from export.bundle import Bundle, CpuVerdict
+from export.bundle.int8 import CPU_KINDS, CpuKind
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,23 @@ class Champion:
         low = self.row.end_to_end_throughput_images_per_s.low
         high = self.next.end_to_end_throughput_images_per_s.high
         return low is not None and high is not None and low > high
+
+
+def on_cpus(result: Result, bundle: Bundle, kinds: Collection[CpuKind]) -> list[tuple[str, CpuVerdict]]:
+    """What the bundle says of the int8 files that a result is of: the file's name and the verdict on each of `kinds`.
+
+    A kind of CPU that the file's runtime isn't for is left out; of a bundle that says nothing, nothing is proved.
+    """
+    ran = {subject.file.path for subject in result.subjects if subject.file is not None}
+    found = []
+    for entry in bundle.manifest.files:
+        if entry.precision != "int8" or entry.path not in ran:
+            continue
+        stated = {verdict.cpu: verdict for verdict in entry.cpus}
+        for kind in CPU_KINDS:
+            if kind in kinds and (kind in stated or not stated):
+                found.append((entry.path, stated.get(kind, CpuVerdict(cpu=kind, proof="not proved"))))
+    return found
 
 
 def finished_rows(result: Result) -> list[Row]:

@@ -5,7 +5,7 @@ Owns these records and the kinds of CPU. Imports no torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -23,14 +23,31 @@ saturates, or none of the file's sums can. `emulated`: the sums of two products 
 run`: it ran on another kind in a mode that adds up in more than 16 bits."""
 
 
+CPU_KINDS: tuple[CpuKind, ...] = get_args(CpuKind)
+CPU_WORDS: dict[CpuKind, str] = {
+    "avx2": "x86 without VNNI",
+    "vnni": "x86 with VNNI",
+    "arm-dot": "ARM, dot products",
+    "wasm": "WebAssembly",
+}
+PROOF_WORDS: dict[Proof, str] = {
+    "run": "run at export",
+    "same integers": "same integers as at export",
+    "emulated": "emulated at export",
+    "unsaturated run": "run unsaturated at export",
+    "not proved": "not proved",
+}
+
+
 class Int8Layer(Frozen):
-    """A layer that may be int8. `name` is its node's in the file.
+    """A layer that may be int8. `name` is its node's in the file, `weights` that of its weights in the model.
 
     `error_percent` is the file's error with this layer in float and all others int8; `multiply_adds_percent` is its
     share of the network's products. `in_float` says that the file has it in float.
     """
 
     name: str
+    weights: str
     error_percent: NotNegative
     multiply_adds_percent: NotNegative
     in_float: bool
@@ -41,11 +58,12 @@ class Int8Layers(Frozen):
 
     Errors are RMS, in percent of the spread of the float32 file's outputs, on `inputs` calibration inputs that no range
     was taken from where there were enough: `error_percent` of the file, `all_int8_error_percent` with no layer in
-    float.
+    float. `top1_drop_points` is by how many points of 100 its top-1 is lower, where labels are known.
     """
 
     error_percent: NotNegative
     all_int8_error_percent: NotNegative
+    top1_drop_points: float | None
     inputs: int
     layers: tuple[Int8Layer, ...]
 

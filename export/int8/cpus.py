@@ -8,21 +8,21 @@ What is no integer is rounded a little differently everywhere; the limits are ma
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 from export.bundle import Oracle, Tolerances
-from export.bundle.int8 import CpuKind, CpuVerdict, Proof
+from export.bundle.int8 import CPU_KINDS, CpuKind, CpuVerdict, Proof
 from export.bundle.verdict import judge
 from export.checks import run_in_batches
+from export.formats import openvino_file
+from export.formats.onnx_session import open_session
 from export.int8.layers import integer_layers, optimised
 from export.int8.saturating import NotEmulated, SaturatingFile
 
-KINDS: tuple[CpuKind, ...] = get_args(CpuKind)
 SATURATES: CpuKind = "avx2"
 EMULATED_INPUTS = 1_000
 BATCH = 100
@@ -48,18 +48,47 @@ class Elsewhere:
     layers: tuple[str, ...] = ()
 
 
-def verdicts(
-    outputs: np.ndarray, elsewhere: Callable[[CpuKind], Elsewhere], oracle: Oracle, tolerances: Tolerances
-) -> tuple[CpuVerdict, ...]:
-    """One verdict for each kind of CPU; `outputs` are those of this machine for the oracle's first inputs."""
+def of_onnx(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[tuple[CpuKind, Elsewhere]]:
+    """What an ONNX file comes to on each kind of CPU; `outputs` are this machine's for the inputs `taken`."""
     here = kind_here()
-    return tuple(
-        _verdict(kind, Elsewhere("run", outputs) if kind == here else elsewhere(kind), oracle, tolerances)
-        for kind in KINDS
-    )
+    names = tuple(layer.name for layer in integer_layers(optimised(path)) if layer.saturating.any())
+    for kind in CPU_KINDS:
+        if kind == here:
+            yield kind, Elsewhere("run", outputs)
+        elif not names or (here is not None and SATURATES not in (here, kind)):
+            yield kind, Elsewhere("same integers", outputs)
+        elif here == SATURATES:
+            yield kind, Elsewhere("unsaturated run", run_in_batches(unsaturated(path), taken, BATCH))
+        else:
+            yield kind, _emulated(path, taken, names) if here is not None else Elsewhere("not proved", None, names)
 
 
-def _verdict(kind: CpuKind, found: Elsewhere, oracle: Oracle, tolerances: Tolerances) -> CpuVerdict:
+def of_openvino(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[tuple[CpuKind, Elsewhere]]:
+    """The same for OpenVINO's, which knows no mode that never saturates. In a browser there is none, and which of its
+    kernels run on ARM was not looked at.
+    """
+    here = kind_here()
+    names = openvino_file.saturating(path)
+    x86: tuple[CpuKind, ...] = ("avx2", "vnni")
+    for kind in x86:
+        if kind == here:
+            yield kind, Elsewhere("run", outputs)
+        elif not names and here in x86:
+            yield kind, Elsewhere("same integers", outputs)
+        else:
+            yield kind, Elsewhere("not proved", None, names)
+    yield "arm-dot", Elsewhere("run", outputs) if here == "arm-dot" else Elsewhere("not proved", None)
+
+
+def _emulated(path: Path, taken: np.ndarray, names: tuple[str, ...]) -> Elsewhere:
+    try:
+        return Elsewhere("emulated", run_in_batches(SaturatingFile(path), taken[:EMULATED_INPUTS], BATCH), names)
+    except NotEmulated:
+        return Elsewhere("not proved", None, names)
+
+
+def verdict(kind: CpuKind, found: Elsewhere, oracle: Oracle, tolerances: Tolerances) -> CpuVerdict:
+    """Whether those outputs are right."""
     if found.outputs is None:
         return CpuVerdict(cpu=kind, proof=found.proof, layers=found.layers)
     judged = judge(found.outputs, oracle.first(len(found.outputs)), tolerances, "int8")
@@ -75,47 +104,8 @@ def _verdict(kind: CpuKind, found: Elsewhere, oracle: Oracle, tolerances: Tolera
     )
 
 
-def of_onnx(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Callable[[CpuKind], Elsewhere]:
-    """What an ONNX file comes to on another kind of CPU; `outputs` are this machine's for the inputs `taken`."""
-    here = kind_here()
-    names = tuple(layer.name for layer in integer_layers(optimised(path)) if layer.saturating.any())
-
-    def elsewhere(kind: CpuKind) -> Elsewhere:
-        if not names or (here is not None and SATURATES not in (here, kind)):
-            return Elsewhere("same integers", outputs)
-        if here is None:
-            return Elsewhere("not proved", None, names)
-        if here == SATURATES:
-            return Elsewhere("unsaturated run", run_in_batches(unsaturated(path), taken, BATCH))
-        try:
-            return Elsewhere("emulated", run_in_batches(SaturatingFile(path), taken[:EMULATED_INPUTS], BATCH), names)
-        except NotEmulated:
-            return Elsewhere("not proved", None, names)
-
-    return elsewhere
-
-
-def of_openvino(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Callable[[CpuKind], Elsewhere]:
-    """The same for OpenVINO's, which has no mode that never saturates, and whose order of products is its own."""
-    from export.formats import openvino_file
-
-    here = kind_here()
-    names = openvino_file.saturating(path)
-
-    def elsewhere(kind: CpuKind) -> Elsewhere:
-        if kind == "wasm":  # there is none
-            return Elsewhere("not proved", None)
-        if not names or (here is not None and SATURATES not in (here, kind)):
-            return Elsewhere("same integers", outputs)
-        return Elsewhere("not proved", None, names)
-
-    return elsewhere
-
-
 def unsaturated(path: Path) -> Run:
     """An ONNX file on x86, with products added up in 32 bits; on a CPU with VNNI that is how it runs anyway."""
-    from export.formats.onnx_session import open_session
-
     session = open_session(str(path), optimised=True, entries={"session.x64quantprecision": "1"})
     (name,) = (each.name for each in session.get_inputs())
     return lambda batch: np.asarray(session.run(None, {name: batch})[0])

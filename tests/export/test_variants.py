@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -270,13 +271,17 @@ def test_calibration_with_training_images_leaves_test_images_out(data_dir: Path)
     data = mnist.load(data_dir)
     train = data.train_images.copy()
     train[::2] = data.test_images[0]  # as if half of the pool were a test image
-    chosen = source._calibration_images(train, data.test_images)
+    chosen = source._calibration_images(dataclasses.replace(data, train_images=train))
     known = {image.tobytes() for image in data.test_images}
     assert not any(image.tobytes() in known for image in chosen.raw)
     assert len(chosen.raw) > 300
-    again = source._calibration_images(train, data.test_images)
+    again = source._calibration_images(dataclasses.replace(data, train_images=train))
     assert np.array_equal(chosen.raw, again.raw)
-    assert len(source._calibration_images(data.train_images, data.test_images).raw) == source.CALIBRATION_IMAGES
+    whole = source._calibration_images(data)
+    assert len(whole.raw) == source.CALIBRATION_IMAGES
+    assert whole.labels is not None
+    place = next(i for i, image in enumerate(data.train_images) if np.array_equal(image, whole.raw[0]))
+    assert whole.labels[0] == data.train_labels[place]
 
 
 def test_a_bundle_of_other_options_is_another(material: Material) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +11,7 @@ from bench.report import columns
 from bench.report.terminal.around import print_absent
 from bench.report.terminal.table import print_table
 from bench.results.schema import Result, SubjectResult
+from export.bundle.int8 import CPU_WORDS
 
 FLIPS_SHOWN = 20
 
@@ -27,6 +28,15 @@ def print_parity(result: Result, out: Console) -> None:
     for subject in result.subjects:
         print_verdict(subject, out)
     print_absent(result.subjects, result.skipped, out)
+
+
+def print_cpus(verdicts: Sequence[columns.OnCpu], out: Console) -> None:
+    """What is proved of int8 files on kinds of CPU, and what is wrong with those that failed."""
+    print_table(columns.CPUS, verdicts, out)
+    for each in verdicts:
+        if each.verdict.failures:
+            reasons = escape("; ".join(each.verdict.failures))
+            out.print(f"[red]parity FAILED[/] {escape(each.file)} on {CPU_WORDS[each.verdict.cpu]}: {reasons}.")
 
 
 def print_failed(subjects: Iterable[SubjectResult], out: Console) -> None:
