@@ -194,7 +194,7 @@ def _print_files(bundle: Bundle) -> None:
 
 def _print_int8(entry: FileEntry) -> None:
     """Of an int8 file: its layers, first those that its error comes from, and a verdict for each kind of CPU."""
-    from export.bundle.int8 import CPU_WORDS, PROOF_WORDS
+    from export.bundle.int8 import CPU_WORDS
 
     if entry.int8 is not None and entry.format == "onnx":  # OpenVINO's is made from it
         found = entry.int8
@@ -212,7 +212,7 @@ def _print_int8(entry: FileEntry) -> None:
         error = "" if cpu.rms_error_percent is None else f", RMS error {cpu.rms_error_percent:.2f} %"
         flips = "" if cpu.flips is None else f", {cpu.flips} flips of {cpu.images}"
         layers = f"; can saturate: {', '.join(cpu.layers)}" if cpu.layers else ""
-        print(f"{entry.path} on {CPU_WORDS[cpu.cpu]}: {verdict} ({PROOF_WORDS[cpu.proof]}{error}{flips}){layers}")
+        print(f"{entry.path} on {CPU_WORDS[cpu.cpu]}: {verdict} ({cpu.proof}{error}{flips}){layers}")
 
 
 def _print_saturating(file: Path) -> None:

@@ -32,7 +32,7 @@ from bench.results.statistics import PairedRatio
 from bench.results.studies import Candidate
 from bench.results.terms import TIMINGS, Scenario, Timing
 from export.bundle import CpuVerdict, FoldReport
-from export.bundle.int8 import CPU_WORDS, PROOF_WORDS
+from export.bundle.int8 import CPU_WORDS
 
 MIB = 2**20
 
@@ -474,7 +474,7 @@ CPUS: tuple[Column[OnCpu], ...] = (
     Column("file", lambda item: item.file, words=True),
     Column("CPU", lambda item: CPU_WORDS[item.verdict.cpu], words=True),
     Column("verdict", lambda item: item.verdict.passed, passed),
-    Column("how it is known", lambda item: PROOF_WORDS[item.verdict.proof], words=True),
+    Column("known by", lambda item: item.verdict.proof, words=True),
     Column("images", lambda item: item.verdict.images or None, whole),
     Column("flips", lambda item: item.verdict.flips, whole),
     Column("RMS error %", lambda item: item.verdict.rms_error_percent, rounded(".2f")),

@@ -30,13 +30,6 @@ CPU_WORDS: dict[CpuKind, str] = {
     "arm-dot": "ARM, dot products",
     "wasm": "WebAssembly",
 }
-PROOF_WORDS: dict[Proof, str] = {
-    "run": "run at export",
-    "same integers": "same integers as at export",
-    "emulated": "emulated at export",
-    "unsaturated run": "run unsaturated at export",
-    "not proved": "not proved",
-}
 
 
 class Int8Layer(Frozen):
@@ -63,7 +56,7 @@ class Int8Layers(Frozen):
 
     error_percent: NotNegative
     all_int8_error_percent: NotNegative
-    top1_drop_points: float | None
+    top1_drop_points: float | None = None
     inputs: int
     layers: tuple[Int8Layer, ...]
 

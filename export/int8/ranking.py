@@ -98,8 +98,8 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Look:
-    """An int8 file's RMS error, in percent of the spread of the float32 file's outputs, 0 where these are constant; and by
-    how many points of 100 its top-1 is lower, None where that is not known.
+    """An int8 file's RMS error, in percent of the spread of the float32 file's outputs, 0 where these are constant; and
+    by how many points of 100 its top-1 is lower, None where that is not known.
     """
 
     error_percent: float

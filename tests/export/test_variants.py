@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,6 +23,7 @@ from export.bundle import (
     VARIANTS,
     Bundle,
     FileEntry,
+    LeftOut,
     Oracle,
     Precision,
     Preprocessing,
@@ -29,9 +31,11 @@ from export.bundle import (
     TensorSpec,
     Tolerances,
 )
+from export.bundle.int8 import CPU_KINDS
 from export.bundle.verdict import departure
 from export.bundle.verdict import judge as contract_judge
 from export.checks import Checks
+from export.cli import _end_without
 from export.fold import fold_batchnorm
 from export.formats import aoti, openvino_file
 from export.source import Calibration, Material
@@ -408,6 +412,83 @@ def _spoil(path: Path) -> None:
             if tensor.shape[:1] == (4,):
                 tensor.data.neg_()
         pt2.write(program, path)
+
+
+def test_a_wrong_file_is_left_out_and_the_others_are_published(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of it is left in the folder; the reason stands in the manifest, and names the layers."""
+    from export.formats import onnx_int8
+
+    write = onnx_int8.Quantiser.write
+
+    def spoiled(self: onnx_int8.Quantiser, path: Path, in_float: Collection[str] = ()) -> int:
+        opset = write(self, path, in_float)
+        if path.name == "int8.onnx":
+            _spoil(path)
+        return opset
+
+    monkeypatch.setattr(onnx_int8.Quantiser, "write", spoiled)
+    files = (File("onnx", "float16"), File("onnx", "int8"), File("openvino", "int8"))
+    said: list[str] = []
+    plan = Plan(files, by_name=frozenset({"model.int8.onnx"}))
+    bundle = build.build(material, tmp_path / "small", "auto", said.append, plan)
+    assert {entry.path for entry in bundle.manifest.files if entry.precision != "float32"} == {"model.float16.onnx"}
+    assert [(each.what, each.asked_for) for each in bundle.manifest.left_out] == [
+        ("model.int8.onnx", True),
+        ("model.int8.xml", False),
+    ]
+    assert "RMS error" in bundle.manifest.left_out[0].reason
+    assert any(line.startswith("left out model.int8.onnx: ") for line in said)
+    assert not list(bundle.path.glob("model.int8*"))
+    bundle.verify()
+    assert Bundle.open(bundle.path).manifest == bundle.manifest
+
+
+def test_a_format_that_fails_does_not_take_others_with_it(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export.formats import onnx_int8
+
+    def broken(*rest: object) -> None:
+        raise AssertionError("scale issue")
+
+    monkeypatch.setattr(onnx_int8, "layers_of", broken)
+    plan = Plan((File("onnx", "int8"), File("onnx", "float16")))
+    bundle = build.build(material, tmp_path / "small", "auto", lambda line: None, plan)
+    assert bundle.find("onnx", "float16") is not None
+    (missing,) = bundle.manifest.left_out
+    assert "AssertionError: scale issue" in missing.reason
+
+
+def test_what_was_asked_for_by_name_and_is_wrong_is_an_error(bundle: Bundle) -> None:
+    """After the others were published, and again when nothing has changed."""
+    _end_without(bundle)
+    missing = LeftOut(what="model.int8.onnx", reason="its RMS error is large", asked_for=False)
+    in_all = bundle.manifest.model_copy(update={"left_out": (missing,)})
+    _end_without(dataclasses.replace(bundle, manifest=in_all))
+    named = bundle.manifest.model_copy(update={"left_out": (missing.model_copy(update={"asked_for": True}),)})
+    with pytest.raises(UserError, match=r"model\.int8\.onnx is not right: its RMS error is large\.") as refused:
+        _end_without(dataclasses.replace(bundle, manifest=named))
+    assert refused.value.exit_code == 1
+
+
+def test_max_drop_without_int8() -> None:
+    with pytest.raises(UserError, match="--max-drop") as refused:
+        variants.plan(["float16"], False, None, None, 1.0)
+    assert refused.value.exit_code == 2
+
+
+def test_int8_files_say_on_which_cpus_they_are_right(bundle: Bundle) -> None:
+    entry = bundle.entry("onnx", "int8-raw")
+    assert {verdict.cpu: verdict.passed for verdict in entry.cpus} == dict.fromkeys(CPU_KINDS, True)
+    assert {"run", "same integers"} >= {verdict.proof for verdict in entry.cpus}
+    assert entry.int8 is not None
+    assert entry.int8.inputs == 21
+    assert [layer.weights for layer in entry.int8.layers]
+    if (ir := bundle.find("openvino", "int8-raw")) is not None:
+        assert {verdict.cpu: verdict.passed for verdict in ir.cpus} == {"avx2": True, "vnni": True, "arm-dot": None}
+    assert not bundle.entry("onnx", "float16").cpus
 
 
 def test_preprocessing_that_is_half_a_grey_level_off(
