@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -67,6 +68,21 @@ def test_parity_of_a_right_bundle_passes(small_bundle: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("pass") == 2
     assert "onnx-cpu:unfolded" in done.stdout
+
+
+def test_parity_on_other_kinds_of_cpu(tampered: Callable[..., Path]) -> None:
+    """What the bundle says of an int8 file; the one here is float32 by another name."""
+    wrong = {"cpu": "avx2", "proof": "emulated", "passed": False, "failures": ["its error is large"]}
+
+    def with_int8(fields: dict[str, Any]) -> None:
+        real = next(file for file in fields["files"] if file["format"] == "onnx" and file["folded"])
+        fields["files"].append(real | {"precision": "int8", "cpus": [wrong]})
+
+    command = ("parity", "--bundle", tampered(manifest=with_int8), "--backend", "onnx-cpu", "--variant", "int8")
+    done = bench(*command, "--cpus", "all")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "emulated" in done.stdout
+    assert "on x86 without VNNI: its error is large" in done.stdout
 
 
 def test_two_bundles_in_one_run(small_bundle: Path, tampered: Callable[..., Path], tmp_path: Path) -> None:
