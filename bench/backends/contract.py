@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda", "none"]
 Setting = str | int | float | bool
+Emulation = Literal["no instructions", "no kernels", "float32 asked for"]
+"""Why the layers of a float16 or bfloat16 file are computed in float32 on a CPU: it has no instructions for them that
+the runtime uses, the runtime has no kernels for them there, or the profile asks the runtime for float32."""
+HALVES = frozenset({"float16", "bfloat16"})
+"""The precisions that a CPU may have to emulate."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,15 @@ class Placement:
             is refused: its row would lie.
         exempt: shape arithmetic that sits on the CPU by the runtime's design. It touches no image.
         evidence: what was looked at.
+        emulated: why its layers are computed in float32 though the file's are in a narrower type; None where they are
+            not, or where nobody knows.
     """
 
     nodes: dict[str, int]
     evidence: str
     stray: tuple[str, ...] = ()
     exempt: tuple[str, ...] = field(default=())
+    emulated: Emulation | None = None
 
 
 class Session(Protocol):

@@ -26,12 +26,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.backends.contract import (
+    HALVES,
     Backend,
     Device,
+    Emulation,
     Options,
     Placement,
     Profile,
@@ -263,9 +265,24 @@ def read_placement(compiled: Any, options: Options) -> Placement:
     from export.bundle import FLOAT32, precision_of
 
     devices = list(compiled.get_property("EXECUTION_DEVICES"))
-    facts = (_facts(node) for node in compiled.get_runtime_model().get_ordered_ops())
+    facts = [_facts(node) for node in compiled.get_runtime_model().get_ordered_ops()]
     must_be_float32 = options.profile is Profile.STRICT and precision_of(options.variant) == FLOAT32
-    return placement_of(devices, facts, must_be_float32)
+    return replace(placement_of(devices, facts, must_be_float32), emulated=emulation(facts, options))
+
+
+def emulation(nodes: Iterable[Mapping[str, str]], options: Options) -> Emulation | None:
+    """Why a float16 or bfloat16 file is computed in float32; None where any node of it computes in a narrower type.
+
+    Profile strict asks for float32 (`INFERENCE_PRECISION_HINT`), whatever the file has. Where nothing is asked for,
+    OpenVINO takes a narrower type if the CPU has one: bfloat16 on an Intel Xeon with AVX512_BF16, of a float16 file
+    too (2026.4).
+    """
+    from export.bundle import precision_of
+
+    computing = [node for node in nodes if node["layerType"] not in CONVERSIONS | ENDS]
+    if precision_of(options.variant) not in HALVES or any(node["runtimePrecision"] in REDUCED for node in computing):
+        return None
+    return "float32 asked for" if options.profile is Profile.STRICT else "no instructions"
 
 
 def placement_of(devices: list[str], nodes: Iterable[Mapping[str, str]], must_be_float32: bool) -> Placement:

@@ -22,6 +22,7 @@ from bench.backends.torch_runtime import (
     TorchDevice,
     TorchSession,
     configure_torch,
+    cpu_capabilities,
     torch_unavailable_reason,
 )
 
@@ -134,9 +135,7 @@ def mismatches(built_for: dict[str, str], device: TorchDevice) -> Iterator[str]:
 
 def _missing_instructions(wanted: str) -> list[str]:
     """Those of the instruction sets, in torch's words (``AVX512 AVX512_VNNI``), that this processor lacks."""
-    import torch
-
-    have: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    have = cpu_capabilities()
     names = {word: {"avx512": "avx512_f"}.get(word, word) for word in wanted.lower().split()}
     return [word for word, name in names.items() if have.get(name) is False]
 

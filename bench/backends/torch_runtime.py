@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from bench.backends.contract import Options, Placement, Profile, Setting
+from bench.backends.contract import HALVES, Emulation, Options, Placement, Profile, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,6 +28,11 @@ TorchDevice = Literal["cpu", "cuda"]
 QUEUED_CALLS = 10
 CALLS_BEFORE_CAPTURE = 3
 T = TypeVar("T")
+# What multiplies in a precision, in the words of `torch.cpu.get_capabilities`: x86's first, ARM's last.
+INSTRUCTIONS = {
+    "float16": ("amx_fp16", "avx10_2", "fp16_arith"),
+    "bfloat16": ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"),
+}
 
 
 def torch_unavailable_reason(device: TorchDevice) -> str | None:
@@ -106,6 +112,45 @@ def torch_settings(device: TorchDevice) -> dict[str, Setting]:
         settings["cudnn_allow_tf32"] = bool(cudnn.allow_tf32)
         settings["cuda_matmul_allow_tf32"] = bool(torch.backends.cuda.matmul.allow_tf32)
     return settings
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """Which instructions this CPU has, in torch's words; empty where torch doesn't say."""
+    import torch
+
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities
+
+
+def emulation(device: TorchDevice, variant: str) -> Emulation | None:
+    """Why torch computes the layers of that variant in float32 on this CPU; None where it doesn't, where it isn't known
+    to, and on a GPU.
+
+    torch gives such layers to oneDNN where that takes them, else to loops of its own. That it takes a type
+    (`torch.ops.mkldnn._is_mkldnn_bf16_supported`) says nothing: oneDNN takes bfloat16 on every CPU with AVX-512, and
+    float16 on one with AVX512_FP16, by converting both to float32 (its guide, "Data Types", Hardware Limitations). In
+    the machine code that it made for the article's network (torch 2.14, oneDNN 3.12), bfloat16 is multiplied by
+    VDPBF16PS with AVX512_BF16 and by VFMADD231PS without; float16 with AVX512_FP16 is converted by VCVTPH2PSX, then
+    multiplied by VFMADD231PS. AMX and AVX10.2 are as that guide says, and were not tried. Neither was ARM, where what
+    torch does with the instructions is not known, but without them it can't do otherwise.
+
+    On one core of an Intel Xeon with AVX512_BF16 and AVX512_FP16, held to less by ONEDNN_MAX_CPU_ISA, 64 images, in
+    ms, on a machine that was not quiet:
+
+                         float32   bfloat16   float16
+        AVX2                14.5        114       141
+        AVX512_CORE         14.1       28.3       145
+        AVX512_CORE_BF16    12.1       16.3       142
+        AVX512_CORE_FP16    14.3       15.9      16.4
+    """
+    from export.bundle import precision_of
+
+    precision = precision_of(variant)
+    if device != "cpu" or precision not in HALVES:
+        return None
+    capabilities = cpu_capabilities()
+    known = [capabilities[name] for name in INSTRUCTIONS[precision] if name in capabilities]
+    return "no instructions" if known and not any(known) else None
 
 
 class TorchInput:
@@ -314,7 +359,7 @@ class TorchSession:
         self._inference_mode = torch.inference_mode
         self._module = module
         self._memory = GpuMemory(bundle, options) if device == "cuda" else CpuMemory(bundle, options)
-        self._placement = placement
+        self._placement = replace(placement, emulated=emulation(device, options.variant))
         self._settings = torch_settings(device) | settings
 
     def prepare(self, raw: np.ndarray) -> torch.Tensor:

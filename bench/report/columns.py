@@ -271,6 +271,16 @@ def unbeaten(item: Measured) -> bool:
 BACKEND: Column[Judged] = Column(
     "backend", lambda item: item.subject.label, looking("subject"), words=True, fields={"subject": itself}
 )
+EMULATED: Column[Judged] = Column(
+    "emulated",
+    lambda item: item.subject.emulated,
+    lambda _: "in float32",
+    words=True,
+    optional=True,
+    wide=True,
+    fields={"emulated": itself},
+)
+"""Whether the file's precision is not what is computed in; in a file for programs, why."""
 ROW_BATCH: Column[Row] = Column("batch", lambda row: row.batch_size, whole, fields={"batch_size": itself})
 BATCH = lifted(ROW_BATCH)
 SYSTEM: Column[Measured] = Column(
@@ -400,6 +410,7 @@ HOST_MEMORY, GPU_MEMORY = memory("peak_memory_bytes", "host"), memory("peak_gpu_
 
 RUN: tuple[Column[Measured], ...] = (
     BACKEND,
+    EMULATED,
     BATCH,
     replace(throughput("device_resident"), wide=True),
     throughput("end_to_end"),
@@ -423,6 +434,7 @@ SO_FAR: tuple[Column[Row], ...] = (
 """Rows while a run goes on: of no subject is all known."""
 SPEED: tuple[Column[Measured], ...] = (
     BACKEND,
+    EMULATED,
     BATCH,
     *(throughput(timing) for timing in TIMINGS),
     *(percentile(timing, percent) for timing in TIMINGS for percent in (50, 99)),
@@ -436,6 +448,7 @@ SPEED: tuple[Column[Measured], ...] = (
 """All that a page says of a row's speed."""
 THROUGHPUTS: tuple[Column[Measured], ...] = (
     BACKEND,
+    EMULATED,
     BATCH,
     *(throughput(timing) for timing in TIMINGS),
     *(ratio("torch", timing) for timing in TIMINGS),
@@ -659,6 +672,7 @@ LINES: tuple[Column[Measured], ...] = (
     fact("backend", lambda item: item.subject.backend),
     fact("device", lambda item: item.subject.device),
     fact("variant", lambda item: item.subject.variant),
+    EMULATED,
     fact("threads", lambda item: item.subject.threads or item.result.settings.threads),
     FILE,
     SHA256,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from bench.report import columns, sentences
+from bench.report import columns, sentences, warnings
 from bench.report.columns import Judged
 from bench.report.markdown import bullets, one_line, table
 from bench.report.wording import rounds_words
@@ -48,6 +48,7 @@ def _run(result: Result, raw_bytes_per_image: int) -> Iterator[str]:
         f"{settings.block_s * 1000:g} ms. "
         + " ".join(f"![{kind} by batch size]({figure_name(kind, leg)})" for kind in FIGURE_KINDS)
     )
+    yield from _warnings(result)
     yield "### Parity with the float64 oracle"
     yield parity_table(result)
     yield "### Speed"
@@ -87,6 +88,7 @@ def _result(name: str, result: Result) -> Iterator[str]:
     if result.command is not None:
         yield f"    {' '.join(result.command.split())}"
     yield bullets(sentences.best(result))
+    yield from _warnings(result)
     if result.rows:
         yield speed(result)
     yield "### Parity with the float64 oracle"
@@ -95,6 +97,12 @@ def _result(name: str, result: Result) -> Iterator[str]:
     yield table(columns.FACTS, sentences.machine([result]))
     if absent := list(sentences.not_measured([result], ())):
         yield bullets(absent)
+
+
+def _warnings(result: Result) -> Iterator[str]:
+    """What spoils the figures, if anything does."""
+    if seen := list(warnings.of_page(result)):
+        yield bullets(f"warning: {warned}" for warned in seen)
 
 
 def parity_table(result: Result) -> str:

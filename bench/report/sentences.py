@@ -23,7 +23,8 @@ def fastest_words(results: Sequence[Result]) -> str:
     """Which file on which runtime is the fastest, and whether that is shown."""
     best = champion(results)
     if best is None:
-        return "Nothing that is right was measured."
+        emulated = any(subject.emulated for result in results for subject in result.subjects)
+        return f"Nothing that is right was measured{', but what is emulated' if emulated else ''}."
     row, subject = best.row, subject_of(best.result, best.row.subject)
     file = "" if subject.file is None else f" running `{subject.file.path}`"
     claim = f"`{row.subject}`{file} is the fastest"

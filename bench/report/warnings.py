@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from bench.machine.environment import BUSY_PERCENT, Environment
-from bench.results.queries import subject_of
-from bench.results.schema import Result
+from bench.results.queries import emulation_words, subject_of
+from bench.results.schema import Result, SubjectResult
 
 # The clock's own share of a call, in percent, from which on a row says so; and the operating system's of the CPU time.
 TIMER_PERCENT, SYSTEM_PERCENT = 0.1, 10.0
@@ -23,6 +23,10 @@ class Disturbance(StrEnum):
     MEMORY_MAPPED = (
         "the allocator gives memory back and has it mapped anew at every call, in a user's process too: "
         "MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 1000000000 keep it (docs/measuring.md)"
+    )
+    EMULATED = (
+        "expect no gain over float32; it is never called the fastest or recommended: take the float32 or an int8 file "
+        "there, or another CPU or runtime"
     )
     OTHER_MACHINE = "what differs is in the ratios too; measure both on one machine with the same settings"
 
@@ -56,6 +60,20 @@ def of_gpus(result: Result) -> Iterator[Warned]:
     for name, reasons in dict.fromkeys(throttled):
         if reasons:
             yield Warned(Disturbance.SLOWED_GPU, f"{name} was slowed down by {', '.join(reasons)}")
+
+
+def of_emulation(subjects: Iterable[SubjectResult]) -> Iterator[Warned]:
+    """Subjects whose files have a precision that is not computed in, each once."""
+    for subject in subjects:
+        if (words := emulation_words(subject)) is not None:
+            yield Warned(Disturbance.EMULATED, f"{subject.label}: {words}")
+
+
+def of_page(result: Result) -> Iterator[Warned]:
+    """What a page says. The rows in which the clock is felt are the terminal's alone."""
+    yield from of_run(result)
+    yield from of_gpus(result)
+    yield from of_emulation(result.subjects)
 
 
 def of_rows(result: Result) -> Iterator[Warned]:

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from bench.backends.contract import Emulation
 from bench.results.schema import Result, Row, SubjectResult
 from bench.results.terms import TIMINGS, Timing
 from export.bundle import Bundle, CpuVerdict
 from export.bundle.int8 import CPU_KINDS, CpuKind
+
+EMULATION_WORDS: dict[Emulation, str] = {
+    "no instructions": "the CPU has no instructions for it that the runtime uses",
+    "no kernels": "the runtime has no kernels for it on this kind of CPU",
+    "float32 asked for": "profile strict asks the runtime for float32",
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,23 @@ def tailed_rows(result: Result) -> list[Row]:
 
 
 def right_rows(result: Result) -> list[Row]:
-    """The rows that may be called the best: of subjects that finished, compute something, and are right."""
-    out = {s.label for s in result.subjects if not s.computes or (s.parity is not None and not s.parity.passed)}
+    """The rows that may be called the best: of subjects that finished, compute something, and are right, and whose
+    precision is not emulated.
+    """
+    out = {s.label for s in result.subjects if not s.computes or s.emulated or not is_right(s)}
     return [row for row in finished_rows(result) if row.subject not in out]
+
+
+def is_right(subject: SubjectResult) -> bool:
+    """Whether no parity of it failed."""
+    return subject.parity is None or subject.parity.passed
+
+
+def emulation_words(subject: SubjectResult) -> str | None:
+    """That its precision is emulated, and why; None where it is not."""
+    if subject.emulated is None or subject.file is None:
+        return None
+    return f"{subject.file.precision} is emulated, that is, computed in float32: {EMULATION_WORDS[subject.emulated]}"
 
 
 def champion(results: Iterable[Result]) -> Champion | None:

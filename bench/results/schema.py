@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from bench.backends.contract import Device, Placement, Profile, Setting
+from bench.backends.contract import Device, Emulation, Placement, Profile, Setting
 from bench.machine.environment import Environment
 from bench.machine.sensors import Reading
 from bench.results.parity import Bisection, ParityVerdict
@@ -101,6 +101,13 @@ class SubjectResult(Frozen):
     def computes(self) -> bool:
         """False for the backend that computes nothing: it prices the harness, and is neither judged nor ranked."""
         return self.device != "none"
+
+    @property
+    def emulated(self) -> Emulation | None:
+        """Why its float16 or bfloat16 layers were computed in float32; None where they were not, or an earlier bench
+        didn't ask.
+        """
+        return None if self.placement is None else self.placement.emulated
 
 
 class Sample(Frozen):

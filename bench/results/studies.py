@@ -130,7 +130,7 @@ class Pick(Frozen):
 
 class Recommendation(Frozen):
     """The whole file. `front` is every candidate that none other beats in throughput, p99, top-1, file size and memory
-    at once; `lacking` says which respects nobody is the best in.
+    at once; `lacking` says which respects nobody is the best in, `left_out` who is right and no candidate.
     """
 
     schema_version: Literal[1]
@@ -142,3 +142,4 @@ class Recommendation(Frozen):
     front: tuple[Candidate, ...]
     picks: tuple[Pick, ...]
     lacking: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()

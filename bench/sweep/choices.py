@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.backends.contract import Options, Profile, file_of
 from bench.backends.registry import find_backend, registered
 from bench.errors import EXIT_BAD_INPUT, EXIT_UNAVAILABLE, BenchError
+from bench.results.queries import emulation_words
 from bench.results.schema import Result, SubjectResult
 from bench.results.studies import LeftOut
 from bench.results.terms import label_of
@@ -144,22 +145,22 @@ def slow_to_start(name: str) -> bool:
 
 
 def worth_a_look(
-    second: Sequence[Choice], looks: Sequence[Result], most_threads: int
+    second: Sequence[Choice], looks: Sequence[Result], request: SweepRequest
 ) -> tuple[list[Choice], list[LeftOut]]:
     """Whom of them to look at after the first, and for each of the others why not: its base is not worth it."""
-    wrong, best = _wrong(looks), chances(contenders(looks))
+    ruled_out, best = _ruled_out(looks, request), chances(contenders(looks))
     left: list[Choice] = []
     out: list[LeftOut] = []
     for choice in second:
-        base = label(base_of(choice, most_threads), most_threads)
-        if base in wrong:
-            reason = wrong[base].reason
+        base = label(base_of(choice, request.most_threads), request.most_threads)
+        if base in ruled_out:
+            reason = ruled_out[base].reason
         elif base in best and best[base].share < 1 - WORTH_A_LOOK:
             reason = best[base].no_chance_words(WORTH_A_LOOK)
         else:
             left.append(choice)
             continue
-        out.append(LeftOut(what=label(choice, most_threads), reason=f"as {base}: {reason}", failed=False))
+        out.append(LeftOut(what=label(choice, request.most_threads), reason=f"as {base}: {reason}", failed=False))
     return left, out
 
 
@@ -171,15 +172,15 @@ def chosen(
     """
     seen = {subject.label for look in looks for subject in look.subjects}
     absent = {entry.backend: entry.reason for look in looks for entry in look.skipped}
-    wrong, best = _wrong(looks, request.backends), chances(contenders(looks))
+    ruled_out, best = _ruled_out(looks, request), chances(contenders(looks))
     left: list[tuple[float, Choice]] = []
     out: list[LeftOut] = []
     for choice in choices:
         name = label(choice, request.most_threads)
         if name not in seen:
             out.append(LeftOut(what=name, reason=absent.get(name, NOT_REACHED), failed=True))
-        elif name in wrong:
-            out.append(wrong[name])
+        elif name in ruled_out:
+            out.append(ruled_out[name])
         elif name in best and best[name].share < 1 - MARGIN:
             out.append(LeftOut(what=name, reason=best[name].no_chance_words(MARGIN), failed=False))
         else:
@@ -192,22 +193,26 @@ def chosen(
     return ranked[:most], out
 
 
-def _wrong(looks: Sequence[Result], named: Sequence[str] = ()) -> dict[str, LeftOut]:
-    """What is wrong with those that were looked at, by their labels; who is right is not in it."""
-    entries = {subject.label: _what_is_wrong(subject, named) for look in looks for subject in look.subjects}
+def _ruled_out(looks: Sequence[Result], request: SweepRequest) -> dict[str, LeftOut]:
+    """Why those that were looked at go no further, by their labels; who may is not in it."""
+    entries = {subject.label: _why_ruled_out(subject, request) for look in looks for subject in look.subjects}
     return {name: entry for name, entry in entries.items() if entry is not None}
 
 
-def _what_is_wrong(subject: SubjectResult, named: Sequence[str]) -> LeftOut | None:
-    """A file that a runtime can't load is like a backend that can't run here: an error where somebody named it."""
+def _why_ruled_out(subject: SubjectResult, request: SweepRequest) -> LeftOut | None:
+    """A file that a runtime can't load is like a backend that can't run here: an error where somebody named it. One
+    whose precision is emulated is measured in full where somebody named its variant, and not recommended even then.
+    """
     if subject.failure is not None:
         refused = subject.placement is None and subject.failure.kind == "raised"
         words = "can't load its file here" if refused else "did not finish"
-        failed = not refused or subject.backend in named
+        failed = not refused or subject.backend in request.backends
         return LeftOut(what=subject.label, reason=f"{words}: {subject.failure.message}", failed=failed)
     if subject.parity is not None and not subject.parity.passed:
         reason = f"parity failed: {'; '.join(subject.parity.failures)}"
         return LeftOut(what=subject.label, reason=reason, failed=precision_of(subject.variant) == FLOAT32)
+    if subject.variant not in request.variants and (emulated := emulation_words(subject)) is not None:
+        return LeftOut(what=subject.label, reason=emulated, failed=False)
     return None
 
 

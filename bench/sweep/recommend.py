@@ -3,7 +3,8 @@
 Owns which rows may be recommended, which of them nothing beats in every respect, and which is the best in one. Knows
 neither how they were measured nor how a recommendation is shown.
 
-All figures are end to end, from raw input to logits. Whoever failed its parity or did not finish is no candidate.
+All figures are end to end, from raw input to logits. Whoever failed its parity or did not finish is no candidate, and
+neither is a file whose precision is emulated: what it gains elsewhere it doesn't gain here.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Callable, Sequence
 from bench.backends.contract import Runnable, Setting
 from bench.errors import EXIT_NEGATIVE, EXIT_USAGE, BenchError
 from bench.results.parity import ParityVerdict
-from bench.results.queries import right_rows, subject_of
+from bench.results.queries import emulation_words, is_right, right_rows, subject_of
 from bench.results.schema import FileFacts, Result, Row, SubjectResult, find_ratio
-from bench.results.studies import RECOMMENDATION_VERSION, Candidate, Pick, Recommendation, Sweep
+from bench.results.studies import RECOMMENDATION_VERSION, Candidate, LeftOut, Pick, Recommendation, Sweep
 from bench.sweep.contenders import exact, memory_bytes
 from bench.sweep.program import snippet
 from export.bundle import FLOAT32, TensorSpec, takes_raw
@@ -52,7 +53,15 @@ def recommend(sweep: Sweep, max_p99_ms: float | None, batch_size: int | None) ->
         front=tuple(front(measured)),
         picks=tuple(picks),
         lacking=tuple(lacking),
+        left_out=tuple(left_out(sweep)),
     )
+
+
+def left_out(sweep: Sweep) -> list[LeftOut]:
+    """Who is right and no candidate all the same, looks included, once: the precision of its file is emulated."""
+    subjects = {s.label: s for result in (*sweep.runs, *sweep.looks) for s in result.subjects}
+    reasons = {s.label: emulation_words(s) for s in subjects.values() if s.failure is None and is_right(s)}
+    return [LeftOut(what=name, reason=reason, failed=False) for name, reason in reasons.items() if reason is not None]
 
 
 def candidates(sweep: Sweep, batch_size: int | None = None) -> list[Candidate]:
@@ -66,7 +75,10 @@ def candidates(sweep: Sweep, batch_size: int | None = None) -> list[Candidate]:
                     (row.subject, row.batch_size), _candidate(result, row, subject, subject.file, subject.parity)
                 )
     if not by_row:
-        raise BenchError("nothing can be recommended: no file in this sweep is right and was measured.", EXIT_NEGATIVE)
+        emulated = "".join(f" {entry.what}: {entry.reason}." for entry in left_out(sweep))
+        raise BenchError(
+            f"nothing can be recommended: no file in this sweep is right and was measured.{emulated}", EXIT_NEGATIVE
+        )
     sizes = sorted({size for _, size in by_row})
     if batch_size is not None and batch_size not in sizes:
         raise BenchError(

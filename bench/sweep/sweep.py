@@ -9,6 +9,7 @@ that can't win anything are not measured any further (`bench.sweep.contenders`).
 the reference among them. Loading takes most of a look's time, so that parity and the look are one run: each process
 starts once for both.
 
+A float16 or bfloat16 file that is computed in float32 here is looked at, and goes on only where its variant was named.
 A file that is wrong, other than in float32, is a finding: int8 may fail where float32 must not. So is one that a
 runtime can't load, unless that backend was named. The exit code is 1 where a float32 file is wrong, or where something
 that was due could not be measured.
@@ -64,7 +65,7 @@ def run_sweep(request: SweepRequest, folder: SweepFolder, progress: Progress) ->
         )
         first, second = waves(its_choices, request.most_threads)
         looked = list(device_runs.looks(first, 0.0, LOOKS_SHARE / 2))
-        second, not_worth_it = worth_a_look(second, looked, request.most_threads)
+        second, not_worth_it = worth_a_look(second, looked, request)
         looked += device_runs.looks(second, LOOKS_SHARE / 2, LOOKS_SHARE)
         others = [choice for choice in (*first, *second) if choice != device_runs.reference]
         left, out = chosen(others, looked, request, device_runs.clock.room)

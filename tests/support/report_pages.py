@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from bench.backends.contract import Emulation
 from bench.results.load import Source
 from bench.results.schema import Result
 from bench.results.statistics import PairedRatio, Spread
@@ -32,6 +33,20 @@ def with_parity(result: Result, label: str, **changes: Any) -> Result:
         else subject
         for subject in result.subjects
     ]
+    return result.model_copy(update={"subjects": tuple(subjects)})
+
+
+def with_emulated(result: Result, label: str, why: Emulation, precision: str) -> Result:
+    """The result with one of its subjects in another precision that is emulated."""
+    subjects = []
+    for subject in result.subjects:
+        if subject.label == label and subject.placement is not None and subject.file is not None:
+            changes = {
+                "placement": replace(subject.placement, emulated=why),
+                "file": subject.file.model_copy(update={"precision": precision}),
+            }
+            subject = subject.model_copy(update=changes)
+        subjects.append(subject)
     return result.model_copy(update={"subjects": tuple(subjects)})
 
 

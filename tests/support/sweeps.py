@@ -10,6 +10,7 @@ from typing import Any
 
 from bundles import tamper
 
+from bench.backends.contract import Emulation
 from bench.results.schema import BundleFacts, Failure, FileFacts, Percentiles, Ratio, Result, Row
 from bench.results.statistics import PairedRatio, Spread
 from bench.results.studies import Sweep
@@ -39,6 +40,7 @@ class Figures:
     wrong: str | None = None
     failure: Failure | None = None
     loaded: bool = True
+    emulated: Emulation | None = None
 
 
 World = Mapping[Choice, Figures]
@@ -49,6 +51,7 @@ def result_of(template: Result, world: World, bundle: Bundle, most_threads: int 
     """A result of a run of these, all else as in `template`, which is a real one of onnx-cpu."""
     real, row = template.subjects[0], template.rows[0]
     subjects, rows, ratios = [], [], []
+    assert real.placement is not None
     for choice, figures in world.items():
         label = label_of(choice.backend, choice.variant, None if choice.threads == most_threads else choice.threads)
         assert real.parity is not None
@@ -68,6 +71,7 @@ def result_of(template: Result, world: World, bundle: Bundle, most_threads: int 
             "parity": None if figures.failure else parity,
             "peak_memory_bytes": figures.memory_bytes,
             "failure": figures.failure,
+            "placement": replace(real.placement, emulated=figures.emulated) if figures.loaded else None,
             "file": FileFacts(
                 path=figures.file,
                 sha256="0" * 64,
@@ -77,7 +81,7 @@ def result_of(template: Result, world: World, bundle: Bundle, most_threads: int 
                 bytes=figures.file_bytes,
             ),
         }
-        subjects.append(real.model_copy(update=changes if figures.loaded else changes | {"placement": None}))
+        subjects.append(real.model_copy(update=changes))
         for batch_size, per_s in {} if figures.failure else figures.per_s.items():
             p99_ms = figures.p99_ms.get(batch_size)
             upper_ms = None if p99_ms is None else BOUND * p99_ms

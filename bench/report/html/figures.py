@@ -25,10 +25,9 @@ from bench.report.html.plot import (
 )
 from bench.report.png import PANELS
 from bench.report.wording import TIMING_WORDS, binding_words, milliseconds, number, spread_words
-from bench.results.parity import ParityVerdict
-from bench.results.queries import finished_rows, tailed_rows
+from bench.results.queries import finished_rows, is_right, subject_of, tailed_rows
 from bench.results.roofline import Point
-from bench.results.schema import Percentiles, Result, Row
+from bench.results.schema import Percentiles, Result, Row, SubjectResult
 from bench.results.terms import CONTROL_SUFFIX, TIMINGS, Timing
 from export.bundle.verdict import ErrorHistogram
 
@@ -112,8 +111,7 @@ def pareto(result: Result, table: str) -> Html | None:
     rows = tailed_rows(result)
     if not rows:
         return None
-    parities = {subject.label: subject.parity for subject in result.subjects}
-    marks = [(row.subject, _pareto_mark(row, parities[row.subject])) for row in rows]
+    marks = [(row.subject, _pareto_mark(row, subject_of(result, row.subject))) for row in rows]
     x = log_axis("images/s", (mark.x for _, mark in marks))
     y = log_axis("p99 of a call, ms", (mark.y for _, mark in marks))
     what = "Throughput against the 99th percentile of the latency, end to end; further right and lower is better."
@@ -122,17 +120,21 @@ def pareto(result: Result, table: str) -> Html | None:
     )
 
 
-def _pareto_mark(row: Row, parity: ParityVerdict | None) -> Mark:
+def _pareto_mark(row: Row, subject: SubjectResult) -> Mark:
     throughput, p99 = row.end_to_end_throughput_images_per_s, row.end_to_end_latency_ms.p99
+    parity = subject.parity
     assert p99 is not None
     top1 = "" if parity is None or parity.top1_percent is None else f", top-1 {parity.top1_percent:.2f} %"
     words = f"{row.subject}, batch {row.batch_size:,}: {spread_words(throughput)} images/s, p99 {p99:.3g} ms{top1}"
-    return Mark(row.batch_size, throughput.median, p99, words, label=short(row.batch_size), state=_state(parity))
+    return Mark(row.batch_size, throughput.median, p99, words, label=short(row.batch_size), state=_state(subject))
 
 
-def _state(parity: ParityVerdict | None) -> State:
-    if parity is not None and not parity.passed:
+def _state(subject: SubjectResult) -> State:
+    if not is_right(subject):
         return "wrong"
+    if subject.emulated is not None:
+        return "emulated"
+    parity = subject.parity
     if parity is None or parity.top1_percent is None or parity.oracle_top1_percent is None:
         return "right"
     return "worse" if parity.top1_percent < parity.oracle_top1_percent - TOP1_POINTS else "right"

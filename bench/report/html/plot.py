@@ -33,7 +33,9 @@ SHAPES = (
     "M-5-2.5L-2.5-5L0-2.5L2.5-5L5-2.5L2.5 0L5 2.5L2.5 5L0 2.5L-2.5 5L-5 2.5L-2.5 0z",
 )
 
-State = Literal["right", "worse", "wrong"]
+State = Literal["right", "worse", "emulated", "wrong"]
+UNRANKED: tuple[State, ...] = ("emulated", "wrong")
+"""What is on no frontier; `script.js` leaves the same out."""
 """Of a mark: as it is, in a ring, crossed out."""
 
 
@@ -252,6 +254,7 @@ def _mark(mark: Mark, look: Look, x: float, y: float, frame: Frame) -> Html:
     sign = {
         "right": (),
         "worse": element("circle", class_="ring", r=8.5),
+        "emulated": element("path", class_="crossed", d="M-6 6L6-6"),
         "wrong": element("path", class_="crossed", d="M-6-6L6 6M-6 6L6-6"),
     }[mark.state]
     return element(
@@ -275,7 +278,7 @@ def _staircase(series: Sequence[Series], frame: Frame) -> str:
     """The corners between the points that no other beats both ways, further right and lower being better; none of a
     wrong one. `frontier` in the page's script finds the same among what is shown.
     """
-    marks = [mark for shown in series for mark in shown.marks if mark.state != "wrong"]
+    marks = [mark for shown in series for mark in shown.marks if mark.state not in UNRANKED]
     places = [(frame.across(mark.x), frame.up(mark.y)) for mark in marks]
     corners: list[str] = []
     lowest = -math.inf

@@ -49,7 +49,7 @@
       if (line) line.setAttribute("points", [...series.querySelectorAll("[data-b]")].filter(shown).map(place).join(" "));
     }
     for (const line of stage.querySelectorAll(".frontier")) {
-      const marks = [...line.parentNode.querySelectorAll("[data-b]:not(.wrong)")].filter(shown);
+      const marks = [...line.parentNode.querySelectorAll("[data-b]:not(.wrong, .emulated)")].filter(shown);
       line.setAttribute("points", frontier(marks).join(" "));
     }
   };

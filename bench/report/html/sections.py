@@ -78,9 +78,9 @@ def status(results: Sequence[Result], left_out: Sequence[LeftOut]) -> Html:
 
 
 def _warnings(result: Result) -> Html:
-    """What spoils the figures. The rows in which the clock is felt are the terminal's alone."""
-    seen = (*warnings.of_run(result), *warnings.of_gpus(result))
-    return join(element("p", f"{str(warned)[0].upper()}{str(warned)[1:]}.", class_="warning") for warned in seen)
+    """What spoils the figures."""
+    seen = (str(warned) for warned in warnings.of_page(result))
+    return join(element("p", f"{words[0].upper()}{words[1:]}.", class_="warning") for words in seen)
 
 
 def _filters(result: Result) -> Html:
@@ -139,7 +139,8 @@ def _trade_off(result: Result, prefix: str) -> Html:
         return _section("Throughput against latency", "Nothing has enough calls for a 99th percentile.")
     words = (
         "Each point is a backend at the batch size beside it, from raw input to logits. The grey line joins those that "
-        "none beats both ways. In a ring: top-1 is lower than the oracle's; crossed out: parity failed."
+        "none beats both ways. In a ring: top-1 is lower than the oracle's; struck out: emulated; crossed out: parity "
+        "failed."
     )
     beside = element("div", chart, tables.trade_off(result, id_), class_="charts beside")
     return _section("Throughput against latency", words, beside)

@@ -60,9 +60,10 @@ def _print_roofline(result: Result, survey: Survey, out: Console) -> None:
 
 
 def _print_sensors(result: Result, out: Console) -> None:
-    """Energy where the machine counts it, what throttled a GPU, and rows in which the clock itself is felt."""
+    """Energy where the machine counts it, and what to be warned of in the rows."""
     for row in result.rows:
         joules = ", ".join(f"{joule * 1000:.3g} mJ ({counter})" for counter, joule in row.energy_per_image_j.items())
         if joules:
             out.print(f"energy per image, {escape(row.subject)} at batch {row.batch_size}: {joules}")
-    print_warnings((*warnings.of_gpus(result), *warnings.of_rows(result)), out)
+    seen = (*warnings.of_gpus(result), *warnings.of_emulation(result.subjects), *warnings.of_rows(result))
+    print_warnings(seen, out)

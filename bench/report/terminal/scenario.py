@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from bench.report import columns
+from bench.report import columns, warnings
 from bench.report.terminal.table import print_table
 from bench.report.wording import per_s
 from bench.results.scenario import OFFICIAL_MIN_DURATION_S
 
 if TYPE_CHECKING:
     from bench.results.scenario import ScenarioResult
-from bench.report.terminal.around import print_absent, print_machine
+from bench.report.terminal.around import print_absent, print_machine, print_warnings
 from bench.report.terminal.parity import print_failed
 
 
@@ -36,6 +36,7 @@ def print_scenario(result: ScenarioResult, out: Console) -> None:
     reported = [row for row in result.rows if row.reported is not None]
     print_table(columns.scenario(settings.scenario), reported, out)
     out.print("latency: from when a query was due to its answer, raw input to logits in host memory, by LoadGen.\n")
+    print_warnings(warnings.of_emulation(row.subject for row in result.rows), out)
     for row in result.rows:
         if row.missed_queries_per_s is not None:
             bound = f"a p99 of {settings.latency_bound_ms:g} ms"

@@ -11,19 +11,24 @@ from bench.report import columns
 from bench.report.terminal.run import print_run
 from bench.report.terminal.table import print_table
 from bench.report.wording import milliseconds, number, ratio_words, spread_words
-from bench.results.studies import Candidate, Pick, Recommendation, Sweep
+from bench.results.studies import Candidate, LeftOut, Pick, Recommendation, Sweep
 
 
 def print_sweep(sweep: Sweep, out: Console) -> None:
     """The tables of the full runs, and what is not in them."""
     for result in sweep.runs:
         print_run(result, out)
+    _print_left_out("not measured in full", sweep.skipped, out)
+
+
+def _print_left_out(what: str, entries: Iterable[LeftOut], out: Console) -> None:
+    """Each reason once."""
     by_reason: dict[tuple[str, bool], list[str]] = {}
-    for entry in sweep.skipped:
+    for entry in entries:
         by_reason.setdefault((entry.reason, entry.failed), []).append(entry.what)
     for (reason, failed), names in by_reason.items():
         colour = "red" if failed else "dim"
-        out.print(f"[{colour}]not measured in full: {escape(', '.join(names))}: {escape(reason)}[/]", soft_wrap=True)
+        out.print(f"[{colour}]{what}: {escape(', '.join(names))}: {escape(reason)}[/]", soft_wrap=True)
 
 
 def print_recommendation(recommendation: Recommendation, sweep: Sweep, out: Console) -> None:
@@ -50,6 +55,7 @@ def print_recommendation(recommendation: Recommendation, sweep: Sweep, out: Cons
         out.print()
     for respect in recommendation.lacking:
         out.print(f"[yellow]{escape(respect)}[/]: nothing in this sweep")
+    _print_left_out("not recommended", recommendation.left_out, out)
 
 
 def _by_candidate(picks: Iterable[Pick]) -> Iterator[tuple[Pick, list[str]]]:

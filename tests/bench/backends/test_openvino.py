@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bench.backends.contract import Options, Profile, file_of
-from bench.backends.openvino import configuration, placement_of, read_placement
+from bench.backends.openvino import configuration, emulation, placement_of, read_placement
 from bench.backends.registry import BACKENDS, find_backend
 from bench.worker.clock import QUIET_LIMIT_S, wait_until_quiet
 from bench.worker.messages import Evaluate, Evaluated, Job, Loaded
@@ -85,6 +85,32 @@ def test_a_convolution_in_bf16_is_refused_where_float32_was_promised() -> None:
 
 def test_the_fast_profile_may_compute_in_bf16() -> None:
     assert placement_of(["CPU"], NODES, must_be_float32=False).stray == ()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "why"),
+    [
+        ([node("Const", "f16"), node("Convolution", "f32")], Options(1, variant="float16"), "float32 asked for"),
+        (
+            [node("Convert", "f16"), node("Convolution", "f32")],
+            Options(1, Profile.FAST, True, "float16-raw"),
+            "no instructions",
+        ),
+        (NODES, Options(1, Profile.FAST, variant="bfloat16"), None),
+        ([node("Convolution", "f32")], Options(1), None),
+        ([node("Convolution", "i8"), node("Pooling", "f32")], Options(1, variant="int8"), None),
+    ],
+)
+def test_a_half_that_is_computed_in_float32_is_emulated(
+    nodes: list[dict[str, str]], options: Options, why: str | None
+) -> None:
+    assert emulation(nodes, options) == why
+
+
+def test_what_openvino_says_of_a_model_in_f32(bundle: Bundle) -> None:
+    compiled = openvino.Core().compile_model(model_of(bundle), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert read_placement(compiled, Options(threads=1, variant="float16")).emulated == "float32 asked for"
+    assert read_placement(compiled, Options(threads=1)).emulated is None
 
 
 def test_another_device_is_refused() -> None:

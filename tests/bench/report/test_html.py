@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_pages import many, with_parity, with_tails
+from report_pages import many, with_emulated, with_parity, with_tails
 
 from bench.backends.contract import Profile
 from bench.cli.main import app
@@ -108,6 +108,37 @@ def test_what_is_wrong_or_computes_nothing_is_never_the_fastest(result: Result, 
     assert {row.subject for row in right_rows(result)} == {"onnx-cpu", "onnx-cpu:unfolded"}
     assert {row.subject for row in right_rows(flipped)} == {"onnx-cpu:unfolded"}
     assert fastest_words([flipped]).startswith("`onnx-cpu:unfolded` running `model.unfolded.onnx` is the fastest:")
+
+
+def test_what_is_emulated_is_said_everywhere_and_never_the_fastest(result: Result) -> None:
+    """In each form once, with advice, and in each of its rows; on the chart no frontier goes through it."""
+    told = with_emulated(with_tails(result), "onnx-cpu", "no instructions", "bfloat16")
+    source = Source(Path("told.json"), (told,))
+    words = "bfloat16 is emulated, that is, computed in float32: the CPU has no instructions for it"
+    page, markdown = html_page([source]), markdown_page([source])
+    for text in (page, markdown):
+        assert text.count(words) == 1
+        assert "take the float32 or an int8 file" in text
+    found = cells(section(page, "Throughput"), "r0-throughput")
+    assert {row[0]: row[1] for row in found} == {"onnx-cpu": "in float32", "onnx-cpu:unfolded": "–", "null": "–"}
+    assert {row["subject"]: row["emulated"] for row in csv.DictReader(io.StringIO(csv_lines([source])))} == {
+        "onnx-cpu": "no instructions",
+        "onnx-cpu:unfolded": "",
+        "null": "",
+    }
+    assert {row.subject for row in right_rows(told)} == {"onnx-cpu:unfolded"}
+    assert fastest_words([told]).startswith("`onnx-cpu:unfolded` running")
+    trade_off = section(page, "Throughput against latency")
+    assert trade_off.count('class="emulated"') == len({row.batch_size for row in told.rows})
+    assert {row[0] for row in cells(trade_off, "r0-pareto") if row[-1] == "yes"} == {"onnx-cpu:unfolded"}
+    frontier = re.findall(r'class="frontier" points="([^"]*)"', trade_off)
+    lone = with_parity(told, "onnx-cpu", passed=False)
+    assert frontier == re.findall(
+        r'class="frontier" points="([^"]*)"', section(page_of(lone), "Throughput against latency")
+    )
+    only = with_emulated(told, "onnx-cpu:unfolded", "no instructions", "bfloat16")
+    assert fastest_words([only]) == "Nothing that is right was measured, but what is emulated."
+    assert "emulated" not in fastest_words([result]) + markdown_page([Source(Path("quiet.json"), (result,))])
 
 
 @pytest.mark.parametrize(("low", "words"), [(101.0, "is the fastest: "), (99.0, "but not shown to be faster than")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from report_pages import with_parity
+from report_pages import with_emulated, with_parity
 from rich.console import Console
 
 from bench.backends.contract import Profile
@@ -142,6 +142,16 @@ def test_memory_that_is_mapped_anew_is_told(result: Result) -> None:
     assert "onnx-cpu: of its CPU time the operating system takes 24 % at batch 1, 11 % at batch 8" in text
     assert "MALLOC_TRIM_THRESHOLD_" in text
     assert "unfolded: of its CPU time" not in text
+
+
+def test_what_is_emulated_is_told_once_with_advice(result: Result) -> None:
+    told = with_emulated(result, "onnx-cpu", "no kernels", "float16")
+    text = shown(told, print_run)
+    assert text.count("onnx-cpu: float16 is emulated, that is, computed in float32: the runtime has no kernels") == 1
+    assert "never called the fastest or recommended" in " ".join(text.split())
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("onnx-cpu ")]
+    assert [row[1:4] for row in rows[:2]] == [["in", "float32", "1"], ["in", "float32", "8"]], "in every row of it"
+    assert "emulated" not in shown(result, print_run)
 
 
 @pytest.mark.parametrize("width", [80, 100, 176])

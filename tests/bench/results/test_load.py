@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from report_pages import with_emulated
 
+from bench.errors import BenchError
 from bench.report.pages import markdown_page
 from bench.results.compare import Limits, compare
-from bench.results.load import results_in
+from bench.results.files import write_result
+from bench.results.load import read_result, results_in
+from bench.results.schema import Result
 
 KEPT = Path(__file__).parents[3] / "docs" / "results"
 
@@ -25,6 +29,7 @@ def test_results_of_before_still_read(name: str) -> None:
         assert all(row.system_share_percent is None for row in result.rows)
         assert result.settings.processes == 1
         assert len(result.cpu_busy_percents) == 1
+        assert {subject.emulated for subject in result.subjects} == {None}, "nobody had asked"
     assert markdown_page([source])
 
 
@@ -40,3 +45,12 @@ def test_one_process_each_is_no_reason_for_an_alarm() -> None:
     assert found.throughput_ratio.median < 0.9
     assert found.decision == "inconclusive"
     assert not comparison.slower
+
+
+def test_why_a_precision_is_emulated_is_one_of_few_words(result: Result, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_result(with_emulated(result, "onnx-cpu", "no kernels", "float16"), path)
+    assert [subject.emulated for subject in read_result(path).subjects] == ["no kernels", None, None]
+    path.write_text(path.read_text().replace("no kernels", "no idea"))
+    with pytest.raises(BenchError, match=r"not a whole result: subjects\.0\.placement\.emulated"):
+        read_result(path)

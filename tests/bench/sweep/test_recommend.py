@@ -15,13 +15,16 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from sweeps import MB, TORCH, Figures, sweep_of
+from rich.console import Console
+from sweeps import MB, TORCH, Figures, result_of, sweep_of
 
 from bench.backends.contract import Runnable
 from bench.backends.registry import BACKENDS, find_backend
 from bench.cli.main import app
 from bench.errors import EXIT_BAD_INPUT, EXIT_NEGATIVE, EXIT_USAGE, BenchError
 from bench.report.columns import CANDIDATES, PLACEMENT
+from bench.report.terminal.console import WIDE
+from bench.report.terminal.sweep import print_recommendation
 from bench.results.files import write_result
 from bench.results.schema import Failure, Result
 from bench.results.studies import Candidate, Recommendation, Sweep
@@ -155,6 +158,44 @@ def test_a_bound_is_held_with_confidence(result: Result, bundle: Bundle) -> None
 def test_where_nothing_is_right_nothing_is_recommended(result: Result, bundle: Bundle) -> None:
     with pytest.raises(BenchError, match="no file in this sweep is right") as caught:
         recommend(sweep_of(result, {BAD: WORLD[BAD], DEAD: WORLD[DEAD]}, bundle), None, None)
+    assert caught.value.exit_code == EXIT_NEGATIVE
+
+
+def test_what_is_emulated_is_never_picked(result: Result, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fastest, with the lowest p99, the smallest file and no flip: all that there is to win."""
+    best = Figures({1: 10**5, 64: 10**5}, {1: 0.01, 64: 0.01}, file="model.float16.onnx", file_bytes=1)
+    half = Choice("onnx-cpu", "float16", 2)
+    told = recommend(sweep_of(result, {**WORLD, half: replace(best, emulated="no kernels")}, bundle), None, None)
+    without = recommend(
+        sweep_of(result, {choice: WORLD[choice] for choice in WORLD if choice != half}, bundle), None, None
+    )
+    assert (picked(told), told.front, told.candidates) == (picked(without), without.front, without.candidates)
+    assert without.left_out == ()
+    (left,) = told.left_out
+    assert left.what == "onnx-cpu:float16"
+    assert left.reason.startswith("float16 is emulated, that is, computed in float32: the runtime has no kernels")
+    native = picked(recommend(sweep_of(result, {**WORLD, half: best}, bundle), None, None))
+    assert {label for label, _ in native.values()} == {"onnx-cpu:float16"}, "where it is not emulated it wins it all"
+    sweep = sweep_of(result, {**WORLD, half: replace(best, emulated="no kernels")}, bundle)
+    print_recommendation(told, sweep, Console(width=WIDE))
+    assert f"not recommended: onnx-cpu:float16: {left.reason}" in capsys.readouterr().out
+
+
+def test_what_a_look_saw_emulated_is_said_too(sweep: Sweep, result: Result, bundle: Bundle) -> None:
+    half = Choice("compile-cpu", "bfloat16", 2)
+    look = result_of(
+        result, {half: Figures(emulated="no instructions"), BAD: replace(WORLD[BAD], emulated="no kernels")}, bundle
+    )
+    found = recommend(sweep.model_copy(update={"looks": (look,)}), None, None)
+    assert [(entry.what, entry.failed) for entry in found.left_out] == [("compile-cpu:bfloat16", False)]
+
+
+def test_where_all_is_emulated_the_error_says_so(result: Result, bundle: Bundle) -> None:
+    only = sweep_of(result, {Choice("onnx-cpu", "float16", 2): Figures(emulated="no kernels")}, bundle)
+    with pytest.raises(
+        BenchError, match=r"nothing can be recommended.*onnx-cpu:float16: float16 is emulated"
+    ) as caught:
+        recommend(only, None, None)
     assert caught.value.exit_code == EXIT_NEGATIVE
 
 

@@ -221,6 +221,30 @@ def test_where_there_are_too_many_the_nearest_to_the_best_are_measured(
     assert sweep_exit_code(sweep) == 0
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_what_is_emulated_is_measured_in_full_where_it_was_named(
+    named: bool, small_bundle: Path, swept: Callable[..., Sweep], machine: Machine, tmp_path: Path
+) -> None:
+    """It takes nobody's place: what would have no chance beside it has one."""
+    bundle = opened(with_variants(small_bundle, tmp_path / "half", ["float16"]))
+    half, fewer = Choice("onnx-cpu", "float16", 2), Choice("onnx-cpu", "float16", 1)
+    machine.world = {
+        half: Figures({1: 1000, 8: 1000}, {1: 0.1}, file_bytes=1, memory_bytes=1, emulated="no kernels"),
+        ONNX: Figures({1: 110, 8: 110}),
+    }
+    sweep = swept(path=bundle.path, bundle=bundle, variants=("float32", "float16") if named else ())
+    full = machine.plans[-1].selection.choices or ()
+    assert (half in full, fewer in full) == (named, named)
+    assert ONNX in full
+    told = reasons(sweep)
+    if named:
+        assert not told
+    else:
+        assert told["onnx-cpu:float16"].startswith("float16 is emulated, that is, computed in float32: the runtime has")
+        assert told["onnx-cpu:float16/1"] == f"as onnx-cpu:float16: {told['onnx-cpu:float16']}"
+    assert sweep_exit_code(sweep) == 0
+
+
 def test_where_nothing_is_right_that_is_the_error(
     swept: Callable[..., Sweep], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
