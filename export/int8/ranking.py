@@ -22,6 +22,8 @@ from export.int8.layers import multiply_adds
 BATCH = 20
 SECONDS = 2.0
 """About how long the inputs take that one file is looked at with; at least one batch."""
+RANKED_S = 60.0
+"""A file that is good enough as it is is not looked at layer by layer where that would take longer."""
 TARGET = 0.8
 """Of the largest error that the precision may have: other inputs may be harder."""
 
@@ -58,15 +60,20 @@ class Ranked:
 
     def layers(self, limit_percent: float, max_drop: float | None) -> Int8Layers:
         """Every layer with what it costs and wins, and which to leave in float to be well within `limit_percent`, and
-        for top-1 to drop by no more than `max_drop` points of 100.
+        for top-1 to drop by no more than `max_drop` points of 100. No layers where none has to be left and to try each
+        would take more than a minute.
 
         One after the other, that whose part of the error is largest for what it costs, until both hold. None where that
         is so from the start. Raises ValueError where `max_drop` is given and top-1 is not known.
         """
+        began = time.perf_counter()
         whole = self.looked_at()
+        took = time.perf_counter() - began
         if max_drop is not None and whole.drop is None:
             raise ValueError("how much top-1 drops is not known: there are no labels, or the outputs are no scores")
-        alone = {name: self.looked_at([name]).error_percent for name in self._costs}
+        needed = not whole.within(limit_percent, max_drop)
+        tried = self._costs if needed or took * len(self._costs) < RANKED_S else ()
+        alone = {name: self.looked_at([name]).error_percent for name in tried}
 
         def won(name: str) -> float:
             return (whole.error_percent**2 - alone[name] ** 2) / max(self._costs[name], 1)

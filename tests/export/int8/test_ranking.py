@@ -78,6 +78,17 @@ def test_it_is_left_in_float_where_the_limit_asks_for_it(source: Path, tmp_path:
     }
 
 
+def test_a_file_that_is_good_enough_is_not_looked_at_for_minutes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from export.int8 import ranking
+
+    monkeypatch.setattr(ranking, "RANKED_S", 0.0)
+    look = ranked(source)
+    whole = look.looked_at().error_percent
+    found = look.layers(2 * whole, None)
+    assert (found.layers, found.error_percent) == ((), whole)
+    assert [layer.name for layer in look.layers(whole, None).layers if layer.in_float] == ["coarse"]
+
+
 def test_top1_may_drop_by_so_much(source: Path) -> None:
     """The labels are what float32 says, so that the int8 file can only be worse."""
     from export.formats.onnx_file import runner
