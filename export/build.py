@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from export.fold import Folded
-    from export.source import Material
+    from export.sources.material import Material
     from export.writing import Networks, Writer
 
 EXACT = 1e-12

@@ -5,9 +5,11 @@ Owns the command line. The work is done in `build` and `fold`.
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +43,28 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _arguments(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise typer.BadParameter(f"--model-args {text!r} is no JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"--model-args {text!r} names no arguments; expected an object, like '{{\"a\": 1}}'.")
+    return found
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(map(math.isfinite, found)):
+        raise typer.BadParameter(f"{option} {text!r}: expected numbers, for example 0.485,0.456,0.406.")
+    return found
+
+
 @app.callback(invoke_without_command=True)
 def export(
     context: typer.Context,
@@ -53,10 +77,26 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The bundle. Default: artifacts/bundles/RECIPE")] = None,
     data_dir: Annotated[Path, typer.Option(help="Where MNIST lies, or is to be put.")] = Path("data"),
     strategy: StrategyOption = "auto",
-    model: Annotated[str | None, typer.Option(help="A model of your own: module:factory.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="With --model: a safetensors file of its weights.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model of your own: module:factory, timm:NAME or torchvision:NAME.")
+    ] = None,
+    model_args: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="With --model: what it is made with, e.g. '{\"num_classes\": 37}'."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="With --model: a file of its weights, safetensors or of torch.save.")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="With timm:NAME or torchvision:NAME: the library's own weights.")
+    ] = False,
     input: Annotated[str | None, typer.Option(help="With --model: the shape of one input, e.g. 3x224x224.")] = None,
     data: Annotated[Path | None, typer.Option(help="With --model: an .npz file of `inputs` and `labels`.")] = None,
+    scale: Annotated[float | None, typer.Option(help="With --model: inputs are (x * scale - mean) / std.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="With --model: one value, or one a channel: 0.485,0.456,0.406")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="With --model: as --mean.")] = None,
     variant: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,14 +123,25 @@ def export(
     if context.invoked_subcommand is not None:
         return
     start = time.perf_counter()
-    from export import build, source, variants
+    from export import build, variants
+    from export.sources import article, own
 
     asked = variant or []
     if model is not None:
-        if input is None:
-            raise typer.BadParameter("--model needs --input, the shape of one input, for example 3x224x224.")
         target = out or Path("artifacts/bundles") / model.rpartition(":")[2]
-        material = source.load_own(model, weights, _shape(input), data, calibration)
+        said = own.Own(
+            model,
+            _arguments(model_args),
+            weights,
+            pretrained,
+            None if input is None else _shape(input),
+            data,
+            calibration,
+            scale,
+            _numbers("--mean", mean),
+            _numbers("--std", std),
+        )
+        material = own.load(said, print)
         uncalibrated = None if material.calibration else "int8 needs inputs to take its ranges from: --calibration FILE"
         plan = variants.plan(asked, aoti, variants.raw_refusal(material.preprocessing), uncalibrated, max_drop)
         if max_drop is not None and material.calibration is not None and material.calibration.labels is None:
@@ -98,22 +149,27 @@ def export(
     else:
         for name, given in (
             ("--weights", weights),
+            ("--pretrained", pretrained or None),
+            ("--model-args", model_args),
             ("--input", input),
             ("--data", data),
             ("--calibration", calibration),
+            ("--scale", scale),
+            ("--mean", mean),
+            ("--std", std),
         ):
             if given is not None:
                 raise typer.BadParameter(f"{name} goes with --model, a model of your own.")
         path = checkpoint or Path("artifacts/training") / recipe / "checkpoint.safetensors"
         target = out or Path("artifacts/bundles") / recipe
-        described = source.describe(path)
+        described = article.describe(path)
         plan = variants.plan(asked, aoti, None, None, max_drop)
-        fingerprint = build.fingerprint(described, strategy, plan, source.calibration_identity())
+        fingerprint = build.fingerprint(described, strategy, plan, article.calibration_identity())
         if (there := build.up_to_date(target, fingerprint)) is not None:
             print(f"nothing changed: {target} is up to date and every file is as it was published")
             _end_without(there)
             return
-        material = source.load(path, described, data_dir, calibrated=plan.calibrated)
+        material = article.load(path, described, data_dir, calibrated=plan.calibrated)
     for missing in plan.left_out:
         print(f"left out {missing.what}: {missing.reason}")
     bundle = build.build(material, target, strategy, print, plan)

@@ -28,7 +28,7 @@ from export.raw_input import FromRaw
 from export.variants import File, Kind, Plan
 
 if TYPE_CHECKING:
-    from export.source import Material
+    from export.sources.material import Material
 
 Networks = Mapping[Kind, nn.Module]
 """float64 networks, by the kind of files that are made from them."""

@@ -79,7 +79,7 @@ def article(folder: Path) -> Network:
 
     bundle = Bundle.open(ROOT / "artifacts" / "bundles" / "article")
     oracle, manifest = bundle.oracle(), bundle.manifest
-    from export import source
+    from export.sources import article as source
 
     material = source.load(bundle.path / "checkpoint.safetensors", manifest.source, ROOT / "data", calibrated=True)
     example = torch.from_numpy(material.example)

@@ -95,12 +95,12 @@ ARTICLE = "the article's, trained"
 
 def material(name: str) -> Any:
     """What `export.build` makes a bundle from."""
-    from export import source
+    from export.sources import article, own
 
     if name == ARTICLE:
-        return source.load(CHECKPOINT, source.describe(CHECKPOINT), ROOT / "data")
+        return article.load(CHECKPOINT, article.describe(CHECKPOINT), ROOT / "data")
     factory, shape = OWN[name]
-    return source.load_own(f"strategies:{factory.__name__}", None, shape, None)
+    return own.load(own.Own(f"strategies:{factory.__name__}", input_shape=shape), lambda note: None)
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from export import build, source
+from export import build
 from export.build import ExportRefused
-from export.source import Material
+from export.sources import article
+from export.sources.material import Material
 
 
 @pytest.fixture
 def material(training_dir: Path, data_dir: Path) -> Material:
     """The shortly trained network with 600 of the test images."""
     path = training_dir / "checkpoint.safetensors"
-    whole = source.load(path, source.describe(path), data_dir)
+    whole = article.load(path, article.describe(path), data_dir)
     assert whole.labels is not None
     return replace(whole, raw=whole.raw[:600], labels=whole.labels[:600])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from bench.results.schema import Result
 from bench.run.rounds import run as run_plan
 from export.build import build
 from export.bundle import Bundle, BundleError
-from export.source import load_own
+from export.sources.material import Material
+from export.sources.own import Own, load
 from trainer.errors import UserError
 
 NETS = '''
@@ -156,7 +158,7 @@ def test_from_a_factory_to_a_benchmark(project: Path) -> None:
 
 def test_without_inputs_and_without_classes(importable: Path) -> None:
     """Random inputs stand in, there is no top-1, and parity speaks of the output alone."""
-    material = load_own("mine.nets:segmenter", None, (3, 16, 16), None)
+    material = loaded("mine.nets:segmenter")
     bundle = build(material, importable / "seg", "auto", lambda what: None)
     assert bundle.oracle().labels is None
     assert bundle.oracle().logits.shape[1:] == (2, 16, 16)
@@ -164,6 +166,12 @@ def test_without_inputs_and_without_classes(importable: Path) -> None:
     assert exit_code(measured(bundle, "onnx-cpu")) == 0
 
 
+def loaded(model: str, **more: Any) -> Material:
+    """With inputs of 3×16×16 unless told otherwise."""
+    return load(Own(model, **{"input_shape": (3, 16, 16), **more}), NOTES.append)
+
+
+NOTES: list[str] = []
 REFUSED = {
     "no such module": ("elsewhere.nets:net", "module:factory"),
     "no such factory": ("mine.nets:other", "module:factory"),
@@ -180,7 +188,7 @@ REFUSED = {
 def test_a_factory_that_is_no_good(what: str) -> None:
     model, says = REFUSED[what]
     with pytest.raises(UserError, match=says) as refused:
-        load_own(model, None, (3, 16, 16), None)
+        loaded(model)
     assert "\n" not in str(refused.value)
     assert refused.value.exit_code == (2 if "module:factory" in says else 4)
 
@@ -199,7 +207,7 @@ def test_weights_that_are_no_good(what: str, importable: Path) -> None:
     elif what != "missing":
         save_file(tensors, path)
     with pytest.raises(UserError, match=r"w\.safetensors") as refused:
-        load_own("mine.nets:net", path, (3, 16, 16), None)
+        loaded("mine.nets:net", weights=path)
     assert "\n" not in str(refused.value)
     assert refused.value.exit_code == 4
 
@@ -215,6 +223,8 @@ def test_weights_that_are_no_good(what: str, importable: Path) -> None:
         {"inputs": np.zeros((4, 3, 16, 16), np.complex64)},
         {"inputs": np.zeros((4, 3, 16, 16), np.float32), "labels": np.zeros(3, int)},
         {"inputs": np.zeros((4, 3, 16, 16), np.float32), "labels": np.zeros(4)},
+        {"inputs": np.zeros((4, 3, 16, 16), np.float32), "labels": np.array([0, 1, 2, 4])},
+        {"inputs": np.zeros((4, 3, 16, 16), np.float32), "labels": np.array([0, 1, -1, 3])},
     ],
     ids=[
         "no npz",
@@ -225,6 +235,8 @@ def test_weights_that_are_no_good(what: str, importable: Path) -> None:
         "complex",
         "too few labels",
         "labels no integers",
+        "a label too large",
+        "a label of -1",
     ],
 )
 def test_data_that_is_no_good(arrays: dict[str, np.ndarray] | None, importable: Path) -> None:
@@ -234,14 +246,14 @@ def test_data_that_is_no_good(arrays: dict[str, np.ndarray] | None, importable: 
     else:
         np.savez(path, **arrays)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"--data .*d\.npz") as refused:
-        load_own("mine.nets:net", None, (3, 16, 16), path)
+        loaded("mine.nets:net", data=path)
     assert refused.value.exit_code == 4
 
 
 @pytest.mark.usefixtures("importable")
 def test_an_input_the_model_does_not_take() -> None:
     with pytest.raises(UserError, match="--input") as refused:
-        load_own("mine.nets:net", None, (1, 16, 16), None)
+        loaded("mine.nets:net", input_shape=(1, 16, 16))
     assert refused.value.exit_code == 4
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.backends.contract import Profile
 from bench.results.parity import judge
-from export import build, checks, raw_input, source, variants, writing
+from export import build, checks, raw_input, variants, writing
 from export.build import ExportRefused
 from export.bundle import (
     COARSER,
@@ -38,7 +38,8 @@ from export.checks import Checks
 from export.cli import _end_without
 from export.fold import fold_batchnorm
 from export.formats import aoti, openvino_file
-from export.source import Calibration, Material
+from export.sources import article, data
+from export.sources.material import Calibration, Material
 from export.variants import File, Plan
 from trainer.errors import UserError
 from trainer.model import Net
@@ -264,7 +265,7 @@ def test_calibration_that_is_no_good(inputs: np.ndarray, says: str, tmp_path: Pa
     np.savez(path, inputs=inputs)
     judged = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8)
     with pytest.raises(UserError, match=r"--calibration .*c\.npz") as refused:
-        source._read_calibration(path, (3,), judged)
+        data.read_calibration(path, (3,), judged)
     assert says in str(refused.value)
     assert refused.value.exit_code == 4
 
@@ -272,20 +273,20 @@ def test_calibration_that_is_no_good(inputs: np.ndarray, says: str, tmp_path: Pa
 def test_calibration_with_training_images_leaves_test_images_out(data_dir: Path) -> None:
     from trainer import mnist
 
-    data = mnist.load(data_dir)
-    train = data.train_images.copy()
-    train[::2] = data.test_images[0]  # as if half of the pool were a test image
-    chosen = source._calibration_images(dataclasses.replace(data, train_images=train))
-    known = {image.tobytes() for image in data.test_images}
+    digits = mnist.load(data_dir)
+    train = digits.train_images.copy()
+    train[::2] = digits.test_images[0]  # as if half of the pool were a test image
+    chosen = article.calibration_images(dataclasses.replace(digits, train_images=train))
+    known = {image.tobytes() for image in digits.test_images}
     assert not any(image.tobytes() in known for image in chosen.raw)
     assert len(chosen.raw) > 300
-    again = source._calibration_images(dataclasses.replace(data, train_images=train))
+    again = article.calibration_images(dataclasses.replace(digits, train_images=train))
     assert np.array_equal(chosen.raw, again.raw)
-    whole = source._calibration_images(data)
-    assert len(whole.raw) == source.CALIBRATION_IMAGES
+    whole = article.calibration_images(digits)
+    assert len(whole.raw) == article.CALIBRATION_IMAGES
     assert whole.labels is not None
-    place = next(i for i, image in enumerate(data.train_images) if np.array_equal(image, whole.raw[0]))
-    assert whole.labels[0] == data.train_labels[place]
+    place = next(i for i, image in enumerate(digits.train_images) if np.array_equal(image, whole.raw[0]))
+    assert whole.labels[0] == digits.train_labels[place]
 
 
 def test_a_bundle_of_other_options_is_another(material: Material) -> None:

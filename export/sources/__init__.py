@@ -1,0 +1,1 @@
+"""Where a model to export comes from, with the inputs that it is held to."""
