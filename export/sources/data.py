@@ -29,8 +29,8 @@ def read_calibration(path: Path, input_shape: tuple[int, ...], raw: np.ndarray) 
     if judged_by:
         raise UserError(
             f"{judged_by} of the {len(inputs)} inputs of --calibration {path} are among those that the files are "
-            "checked with: the verdict on int8 would be a verdict on what it was fitted to. Calibrate with other inputs, for "
-            "example training data."
+            "checked with: the verdict on int8 would be a verdict on what it was fitted to. Calibrate with other "
+            "inputs, for example training data."
         )
     contents = hashlib.sha256(inputs.tobytes() + (b"" if labels is None else labels.tobytes()))
     return Calibration(inputs, contents.hexdigest(), labels)
