@@ -124,8 +124,8 @@ def large(name: str, folder: Path) -> Network:
     return Network(path, x[:CALIBRATED].numpy(), x[CALIBRATED:].numpy(), truth, None)
 
 
-def by_onnxruntime(network: Network, path: Path) -> None:
-    """As onnxruntime quantises by itself: U8S8, a scale for each channel."""
+def by_onnxruntime(network: Network, path: Path, *, unsigned_weights: bool = False, reduce_range: bool = False) -> None:
+    """As onnxruntime quantises by itself, a scale for each channel: U8S8 unless told otherwise."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -138,7 +138,8 @@ def by_onnxruntime(network: Network, path: Path) -> None:
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8 if unsigned_weights else QuantType.QInt8,
+            reduce_range=reduce_range,
         )
 
 
@@ -267,6 +268,14 @@ def measured(network: Network, folder: Path, emulated_images: int, batch_sizes: 
     found["onnxruntime's own"] = of_onnx(own, network, folder, emulated_images)
     found["ninefold's"] = of_onnx(ours, network, folder, emulated_images)
     sizes = {size: np.ascontiguousarray(network.inputs[:size]) for size in batch_sizes}
+    for name, ways in (("U8U8", {"unsigned_weights": True}), ("reduced range", {"reduce_range": True})):
+        by_onnxruntime(network, other := folder / "other.onnx", **ways)
+        found[f"onnxruntime's own, {name}"] = {
+            "here": judged(in_batches(onnx_file.runner(other, optimised=True), network.inputs), network),
+            "images/s over ninefold's": {
+                str(size): speed(session(other, x), session(ours, x)) for size, x in sizes.items()
+            },
+        }
     found["ninefold's over onnxruntime's own, images/s"] = {
         str(size): speed(session(ours, x), session(own, x)) for size, x in sizes.items()
     }
