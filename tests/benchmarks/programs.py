@@ -36,7 +36,7 @@ from bench.machine.environment import usable_cpus
 from bench.report.wording import ratio_words
 from bench.results.statistics import paired_ratio
 from bench.run.lanes import Lane, loaded
-from bench.run.plan import Plan
+from bench.run.plan import Plan, Selection
 from bench.sweep.program import snippet
 from bench.worker.messages import Measure, Measured, Prepare, Prepared
 from export.bundle import Bundle, takes_raw
@@ -131,9 +131,7 @@ def program_of(lane: Lane, bundle: Bundle) -> str:
 
 def held_to_its_row(bundle: Path, backend: str, variant: str, folder: Path) -> Iterator[dict[str, Any]]:
     """For each batch size the program's throughput over its row's."""
-    plan = Plan(
-        (bundle,), (backend,), variants=(variant,), threads=usable_cpus(), profile=Profile.STRICT, timeout_s=120.0
-    )
+    plan = Plan(Selection((bundle,), (backend,), (variant,)), usable_cpus(), Profile.STRICT, 120.0)
     with loaded(plan, lambda what, done: None) as ready:
         (lane,) = ready.lanes
         text = program_of(lane, lane.subject.bundle)
