@@ -18,7 +18,7 @@ from bench.results.queries import right_rows, subject_of
 from bench.results.schema import Result, Row, SubjectResult, find_ratio
 from bench.results.terms import label_of
 
-# How far behind the best a look may see somebody who is as good. In 108 looks cut out of docs/results/bench-cpu.json
+# How far behind the best a look may see somebody who is as good. In 108 looks cut out of one-process/bench-cpu.json
 # (each choice and batch size, any three rounds in a row, the first 20 ms of each block), a ratio to the reference was
 # 0.84 to 1.08 of what all twenty rounds said: at worst, of two that are equal one looks 23 % behind.
 MARGIN = 0.25

@@ -35,7 +35,7 @@ from bench.backends.registry import find_backend
 from bench.machine.environment import usable_cpus
 from bench.report.wording import ratio_words
 from bench.results.statistics import paired_ratio
-from bench.run.lanes import Lane, loaded
+from bench.run.lanes import Lane, lanes_of, loaded
 from bench.run.plan import Plan, Selection
 from bench.sweep.program import snippet
 from bench.worker.messages import Measure, Measured, Prepare, Prepared
@@ -132,8 +132,7 @@ def program_of(lane: Lane, bundle: Bundle) -> str:
 def held_to_its_row(bundle: Path, backend: str, variant: str, folder: Path) -> Iterator[dict[str, Any]]:
     """For each batch size the program's throughput over its row's."""
     plan = Plan(Selection((bundle,), (backend,), (variant,)), usable_cpus(), Profile.STRICT, 120.0)
-    with loaded(plan, lambda what, done: None) as ready:
-        (lane,) = ready.lanes
+    with loaded(lanes_of(plan), plan) as (lane,):
         text = program_of(lane, lane.subject.bundle)
         with started(text, lane.subject.bundle.oracle().raw, plan.threads, folder) as process:
             for batch_size in BATCH_SIZES:
@@ -146,7 +145,7 @@ def held_to_its_row(bundle: Path, backend: str, variant: str, folder: Path) -> I
                     programs.append(program_turn(process, batch_size, BLOCK_S))
                     if not turn % 2:
                         rows.append(row_turn(lane, batch_size))
-                ratio = paired_ratio(programs, rows)
+                ratio = paired_ratio([programs], [rows])
                 alike = abs(ratio.median - 1) <= ALIKE
                 differs = next((line for line in text.splitlines() if line.startswith("# ")), "")
                 faster = differs if ratio.median > 1 else ""

@@ -15,9 +15,10 @@ from bench.results.load import read_result, results_in
 from bench.results.schema import Result
 
 KEPT = Path(__file__).parents[3] / "docs" / "results"
+ONE_PROCESS = KEPT / "one-process"
 
 
-@pytest.mark.parametrize("name", ["bench-cpu.json", "h100/suite.json"])
+@pytest.mark.parametrize("name", ["one-process/bench-cpu.json", "h100/suite.json"])
 def test_results_of_before_still_read(name: str) -> None:
     """Of version 2, which knew one process alone: rows and ratios are derived of its samples."""
     source = results_in(KEPT / name)
@@ -35,7 +36,7 @@ def test_results_of_before_still_read(name: str) -> None:
 
 def test_one_process_each_is_no_reason_for_an_alarm() -> None:
     """Two files of one machine and one torch: torch-cpu at batch 256 was at 0.78 of the other, with tight intervals."""
-    base, head = (results_in(KEPT / name).results[0] for name in ("bench-cpu.json", "fastest-cpu.json"))
+    base, head = (results_in(ONE_PROCESS / f"{name}-cpu.json").results[0] for name in ("bench", "fastest"))
     comparison = compare(base, head, Limits())
     (found,) = (
         compared
