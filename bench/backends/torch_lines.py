@@ -14,6 +14,11 @@ from bench.backends.torch_runtime import CALLS_BEFORE_CAPTURE
 ON_GPU = '"cuda"'
 # What a session does beside that, for who times the model alone.
 ONE_MORE_WAIT = "The measured session waits for the GPU once more, between the model and the copy of its logits."
+# One process of torch's took 0.6 to 1.2 of another's images/s (docs/measuring.md, on page faults).
+MAPPED = (
+    "glibc's malloc may map a batch's memory anew at every call, in one process and not in the next: "
+    "MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 in the environment keep it."
+)
 EAGER = ["run = lambda: module(x)", "made = run()"]
 """How the module is called in `gpu_program`: node by node."""
 CAPTURED = ["replay, made = captured(lambda: module(x))", "run = lambda: (replay(), made)[1]"]
@@ -49,7 +54,7 @@ def torch_program(file: Runnable, load: Sequence[str], call: Sequence[str] = EAG
         f"    x = {_preprocessed(file, 'torch.from_numpy(raw)')}",
         "    return module(x).to(torch.float32).numpy()",
     ]
-    return Program(["import torch", "", *settings, *load, *_constants(file)], run, prepare=[])
+    return Program(["import torch", "", *settings, *load, *_constants(file)], run, prepare=[], differs=MAPPED)
 
 
 def gpu_program(file: Runnable, imports: Sequence[str], load: Sequence[str], call: Sequence[str]) -> Program:

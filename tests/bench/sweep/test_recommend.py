@@ -473,7 +473,7 @@ def test_the_program_is_what_was_measured(bundle: Bundle) -> None:
     assert '"ENABLE_CPU_PINNING": False' in fixed
     assert "check_guards=False" in text_of("torch-cpu")
     assert "at every call" in fixed, "what the session does otherwise is said"
-    assert "#" not in text_of("torch-cpu").splitlines()[0], "and nothing where there is nothing"
+    assert "malloc" in text_of("torch-cpu").splitlines()[0], "and what may differ from process to process"
 
 
 def test_a_candidates_program_has_the_settings_of_its_session(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
