@@ -107,8 +107,9 @@ def build(
 ) -> Bundle:
     """Make a bundle of `material` and publish it at `target`: the float32 files, and those of `plan`.
 
-    `say` is told of each step. Raises ExportRefused (exit code 1) when a check fails, UserError when the place can't be
-    written; in both cases what was at `target` before is untouched.
+    `say` is told of each step. Raises ExportRefused (exit code 1) when the fold or a float32 file is not right,
+    UserError when the place can't be written; in both cases what was at `target` before is untouched. A file of `plan`
+    that is not right is left out, and the manifest says why.
     """
     import torch
 
@@ -269,7 +270,7 @@ def _variant(file: File, writer: Writer, checks: Checks, say: Callable[[str], No
                 int8=written.int8,
             )
             checked = checks.check(entry)
-    except UserError:
+    except (UserError, OSError):  # a full disk is no fault of this file's
         raise
     except Exception as error:  # quantisers and compilers raise whatever they like; the other files are none the worse
         text = str(error).strip()

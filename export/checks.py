@@ -17,6 +17,7 @@ import numpy as np
 from export.bundle import CpuVerdict, FileEntry, Oracle, Tolerances
 from export.bundle.verdict import departure, judge, rms_error
 from export.fold.report import Runtime
+from export.oracle import run_in_batches
 
 CHECK_BATCHES = (500, 7)
 """Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
@@ -100,11 +101,6 @@ def runner(folder: Path, entry: FileEntry) -> Callable[[np.ndarray], np.ndarray]
     optimised = {"optimised": True} if entry.format == "onnx" and entry.precision == "int8" else {}
     run: Callable[[np.ndarray], np.ndarray] = _module(entry).runner(folder / entry.path, **optimised)
     return run
-
-
-def run_in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, batch: int) -> np.ndarray:
-    """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller."""
-    return np.concatenate([run(inputs[i : i + batch]) for i in range(0, len(inputs), batch)])
 
 
 def _module(entry: FileEntry) -> ModuleType:

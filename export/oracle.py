@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Self
 
@@ -69,3 +70,8 @@ def _compute(pipe: Connection) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     module, inputs = pipe.recv()
     pipe.send(logits64(pickle.loads(module).double(), inputs))
+
+
+def run_in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, batch: int) -> np.ndarray:
+    """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller."""
+    return np.concatenate([run(inputs[i : i + batch]) for i in range(0, len(inputs), batch)])

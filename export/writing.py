@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.bundle import Int8Layers, Limits, Tolerances
+from export.bundle import Int8Layers, Tolerances
 from export.fold import Folded, fold_batchnorm
 from export.fold.batchnorm import any_batch, export_program
 from export.fold.report import Runtime, Strategy
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 Networks = Mapping[Kind, nn.Module]
 """float64 networks, by the kind of files that are made from them."""
 
+LIMIT_PERCENT = Tolerances(float32_rms_error=0.0).int8.rms_percent
+"""The largest RMS error of an int8 file, in percent of the spread of the outputs."""
 FEW = 50
 """Calibration inputs that are too few to keep some apart."""
 
@@ -58,7 +60,6 @@ def _for_int8(model64: nn.Module, folded: Folded, example64: torch.Tensor, strat
     pixels (OpenVINO 2026.4, two AVX-512 cores, batch 256, paired rounds): 3.42 times eager torch's images/s like this,
     3.10 with a bias map and ReLU after pooling.
     """
-
     if strategy in ("auto", "all"):
         with_ones = fold_batchnorm(model64, (example64,), dynamic_shapes=any_batch(), strategy="ones")
         if len(with_ones.report.kept) <= len(folded.report.kept):
@@ -68,7 +69,6 @@ def _for_int8(model64: nn.Module, folded: Folded, example64: torch.Tensor, strat
 
 def _activations_first(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """`module` with relu(max_pool(x)) as max_pool(relu(x)), which is the same to the last bit."""
-
     aten = torch.ops.aten
     pools = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default}
     graph = module.graph
@@ -136,7 +136,6 @@ class Writer:
 
     def write(self, file: File) -> Written:
         """Write one file; raises whatever its format's writer does."""
-
         path, program = self._folder / file.name, self._program(file)
         ends = self._names[file.takes], self._material.output.name
         if file.precision == "int8":
@@ -169,7 +168,6 @@ class Writer:
         self, file: File, program: torch.export.ExportedProgram, ends: tuple[str, str]
     ) -> tuple[Path, Int8Layers, int]:
         """The int8 ONNX file of a variant, where its error comes from, and its opset; made once."""
-
         if file.variant not in self._int8:
             scratch = Path(tempfile.mkdtemp(dir=self._scratch.name))
             float32_file, quantised = scratch / "float32.onnx", scratch / "int8.onnx"
@@ -177,21 +175,14 @@ class Writer:
             ranges, apart, labels = _calibration_inputs(file, self._material)
             quantiser = onnx_int8.Quantiser(float32_file, ranges, scratch)
             ranked = Ranked(quantiser, float32_file, apart, labels, scratch)
-            layers = ranked.layers(int8_limit_percent(), self._max_drop)
+            layers = ranked.layers(LIMIT_PERCENT, self._max_drop)
             opset = quantiser.write(quantised, [layer.name for layer in layers.layers if layer.in_float])
             self._int8[file.variant] = quantised, layers, opset
         return self._int8[file.variant]
 
 
-def int8_limit_percent() -> float:
-    """The largest RMS error of an int8 file, in percent of the spread of the outputs."""
-    limits: Limits = Tolerances.model_fields["int8"].default
-    return limits.rms_percent
-
-
 def _program(file: File, network64: nn.Module, material: Material) -> torch.export.ExportedProgram:
     """The program that the file is made from; that of an int8 file is in float32."""
-
     narrower = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(file.precision)
     network = copy.deepcopy(network64).float() if narrower is None else _narrow(network64, narrower)
     example = torch.from_numpy(material.example)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""An error, a share or a limit: NaN and infinity would let everything pass."""
 
 
 class Frozen(BaseModel):

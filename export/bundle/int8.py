@@ -5,13 +5,9 @@ Owns these records and the kinds of CPU. Imports no torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-from pydantic import Field
-
-from export.bundle.frozen import Frozen
-
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from export.bundle.frozen import Frozen, NotNegative
 
 CpuKind = Literal["avx2", "vnni", "arm-dot", "wasm"]
 """By how products of 8 bits are added up: `avx2` is x86 without VNNI, AVX-512 included, and adds up two in 16 bits with

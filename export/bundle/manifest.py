@@ -16,11 +16,10 @@ from typing import Annotated, Any, Literal, cast, get_args
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from export.bundle.frozen import Frozen
+from export.bundle.frozen import Frozen, NotNegative
 from export.bundle.int8 import CpuVerdict as CpuVerdict
 from export.bundle.int8 import Int8Layer as Int8Layer
 from export.bundle.int8 import Int8Layers as Int8Layers
-from export.bundle.int8 import NotNegative
 from export.fold.report import FoldReport as FoldReport  # part of the contract: readers take it from here
 from trainer.errors import UserError
 

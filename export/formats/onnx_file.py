@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +62,14 @@ def batchnorms(path: Path) -> int:
     return count(model.graph.node) + sum(count(function.node) for function in model.functions)
 
 
-def runner(path: Path, *, optimised: bool = False) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function, batch → float32 logits, on the CPU with every graph optimisation off, or all of them."""
-    session = open_session(str(path), optimised=optimised)
+def runner(
+    path: Path, *, optimised: bool = False, entries: Mapping[str, str] | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The file as a function, batch → float32 logits, on the CPU with every graph optimisation off, or all of them.
+
+    `entries` go to the session's configuration.
+    """
+    session = open_session(str(path), optimised=optimised, entries=entries)
     (name,) = (argument.name for argument in session.get_inputs())
     return lambda batch: np.asarray(session.run(None, {name: batch})[0])
 

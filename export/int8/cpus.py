@@ -7,6 +7,7 @@ What is no integer is rounded a little differently everywhere; the limits are ma
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ import numpy as np
 from export.bundle import Oracle, Tolerances
 from export.bundle.int8 import CPU_KINDS, CpuKind, CpuVerdict, Proof
 from export.bundle.verdict import judge
-from export.checks import run_in_batches
-from export.formats import openvino_file
-from export.formats.onnx_session import open_session
+from export.formats import onnx_file, openvino_file
 from export.int8.layers import integer_layers, optimised
 from export.int8.saturating import NotEmulated, SaturatingFile
+from export.oracle import run_in_batches
 
 SATURATES: CpuKind = "avx2"
 EMULATED_INPUTS = 1_000
@@ -29,6 +29,7 @@ BATCH = 100
 Run = Callable[[np.ndarray], np.ndarray]
 
 
+@functools.cache  # it asks the system for a second
 def kind_here() -> CpuKind | None:
     """Which kind this machine's CPU is; None where it is none of them."""
     import cpuinfo
@@ -52,13 +53,14 @@ def of_onnx(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[tupl
     """What an ONNX file comes to on each kind of CPU; `outputs` are this machine's for the inputs `taken`."""
     here = kind_here()
     names = tuple(layer.name for layer in integer_layers(optimised(path)) if layer.saturating.any())
+    exact = run_in_batches(unsaturated(path), taken, BATCH) if names and here == SATURATES else None
     for kind in CPU_KINDS:
         if kind == here:
             yield kind, Elsewhere("run", outputs)
         elif not names or (here is not None and SATURATES not in (here, kind)):
             yield kind, Elsewhere("same integers", outputs)
         elif here == SATURATES:
-            yield kind, Elsewhere("unsaturated run", run_in_batches(unsaturated(path), taken, BATCH))
+            yield kind, Elsewhere("unsaturated run", exact)
         else:
             yield kind, _emulated(path, taken, names) if here is not None else Elsewhere("not proved", None, names)
 
@@ -106,6 +108,4 @@ def verdict(kind: CpuKind, found: Elsewhere, oracle: Oracle, tolerances: Toleran
 
 def unsaturated(path: Path) -> Run:
     """An ONNX file on x86, with products added up in 32 bits; on a CPU with VNNI that is how it runs anyway."""
-    session = open_session(str(path), optimised=True, entries={"session.x64quantprecision": "1"})
-    (name,) = (each.name for each in session.get_inputs())
-    return lambda batch: np.asarray(session.run(None, {name: batch})[0])
+    return onnx_file.runner(path, optimised=True, entries={"session.x64quantprecision": "1"})

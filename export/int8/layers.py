@@ -24,10 +24,9 @@ from export.int8.pairs import can_saturate
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Before they are quantised."""
-CONVOLUTION, GEMM, MATMUL, TO_FLOAT = "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"
-# Where the weights stand among the inputs, and their zero points.
-WEIGHTS = {CONVOLUTION: (3, 5), GEMM: (3, 5), MATMUL: (3, 5), TO_FLOAT: (1, 5), "ConvInteger": (1, 3)}
-WEIGHTS |= {"MatMulInteger": (1, 3), "DynamicQuantizeMatMul": (1, 3)}
+WEIGHTS = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3, "MatMulIntegerToFloat": 1, "ConvInteger": 1}
+WEIGHTS |= {"MatMulInteger": 1, "DynamicQuantizeMatMul": 1}
+"""Where the weights stand among the inputs, by the operator."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def integer_layers(model: onnx.ModelProto) -> Iterator[IntegerLayer]:
     """Those of a graph that `optimised` made, in its order."""
     constants = {each.name: each for each in model.graph.initializer}
     for node in model.graph.node:
-        place = WEIGHTS.get(node.op_type, (0, 0))[0]
-        if not place or len(node.input) <= place or node.input[place] not in constants:
+        place = WEIGHTS.get(node.op_type)
+        if place is None or len(node.input) <= place or node.input[place] not in constants:
             continue
         rows, _, direct = rows_of(node, numpy_helper.to_array(constants[node.input[place]]))
         if rows is not None:

@@ -15,9 +15,10 @@ import numpy as np
 
 from export.bundle import Int8Layer, Int8Layers
 from export.bundle.limits import are_class_scores, rms, spread
+from export.formats import onnx_file
 from export.formats.onnx_int8 import Quantiser
-from export.formats.onnx_session import open_session
 from export.int8.layers import multiply_adds
+from export.oracle import run_in_batches
 
 BATCH = 20
 SECONDS = 2.0
@@ -119,7 +120,4 @@ class Look:
 
 
 def _outputs(file: Path, inputs: np.ndarray) -> np.ndarray:
-    session = open_session(str(file), optimised=True, silent=True)
-    (name,) = (each.name for each in session.get_inputs())
-    parts = [session.run(None, {name: inputs[i : i + BATCH]})[0] for i in range(0, len(inputs), BATCH)]
-    return np.concatenate(parts)
+    return run_in_batches(onnx_file.runner(file, optimised=True), inputs, BATCH)

@@ -16,9 +16,10 @@ import onnx
 from onnx import numpy_helper
 
 from export.formats.onnx_session import open_session
-from export.int8.layers import CONVOLUTION, GEMM, IntegerLayer, attribute, integer_layers, optimised
-from export.int8.pairs import excess
+from export.int8.layers import IntegerLayer, attribute, integer_layers, optimised
+from export.int8.pairs import as_pairs, excess
 
+CONVOLUTION, GEMM = "QLinearConv", "QGemm"
 EMULATED = {CONVOLUTION, GEMM}
 Values = dict[str, np.ndarray]
 
@@ -36,8 +37,7 @@ class SaturatingFile:
     def __init__(self, path: Path) -> None:
         model = optimised(path)
         self._constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
-        layers = {id(layer.node): layer for layer in integer_layers(model)}
-        layers = {layer.node.output[0]: layer for layer in layers.values() if layer.saturating.any()}
+        layers = {layer.node.output[0]: layer for layer in integer_layers(model) if layer.saturating.any()}
         for layer in layers.values():
             if layer.node.op_type not in EMULATED:
                 raise NotEmulated(f"{layer.name} is a {layer.node.op_type}")
@@ -105,7 +105,7 @@ class SaturatingFile:
         exact = torch.from_numpy(weights.astype(np.float64) - float(w_zero.reshape(-1)[0]))
         places = list(itertools.product(*(range(size) for size in kernel)))
         channels_in, per_group = weights.shape[1], len(weights) // groups
-        pairs = list(np.argwhere(layer.saturating.any(0))[:, 0])
+        pairs, neighbours = np.flatnonzero(layer.saturating.any(0)).tolist(), as_pairs(layer.rows.astype(np.int32))
         scale = (x_scale * w_scale / y_scale).reshape(1, -1, *[1] * spatial)
         shift = 128 if x_zero.dtype == np.int8 else 0
         zero = int(x_zero)
@@ -134,8 +134,7 @@ class SaturatingFile:
                 members = members[layer.saturating[members, pair]]
                 if not len(members):
                     continue
-                both = np.pad(layer.rows[members, 2 * pair : 2 * pair + 2].astype(np.int32), ((0, 0), (0, 2)))[:, :2]
-                lost = excess(products(2 * pair, group), products(2 * pair + 1, group), both)
+                lost = excess(products(2 * pair, group), products(2 * pair + 1, group), neighbours[members, pair])
                 sums[:, members] -= np.moveaxis(lost.reshape(len(x), *sizes, len(members)), -1, 1)
             return requantised(sums + bias.reshape(1, -1, *[1] * spatial), scale, y_zero)
 
@@ -151,15 +150,14 @@ class SaturatingFile:
         alpha = np.float32(attribute(node, "alpha", 1.0))
         exact = (layer.rows.astype(np.float64) - float(b_zero.reshape(-1)[0])).T
         shift = 128 if a_zero.dtype == np.int8 else 0
-        pairs = list(np.argwhere(layer.saturating.any(0))[:, 0])
+        pairs, neighbours = np.flatnonzero(layer.saturating.any(0)).tolist(), as_pairs(layer.rows.astype(np.int32))
 
         def run(a: np.ndarray) -> np.ndarray:
             sums = (a.astype(np.float64) - float(a_zero)) @ exact
             raw = np.pad(a.astype(np.int32) + shift, ((0, 0), (0, 1)))
             for pair in pairs:
                 members = np.flatnonzero(layer.saturating[:, pair])
-                both = np.pad(layer.rows[members, 2 * pair : 2 * pair + 2].astype(np.int32), ((0, 0), (0, 2)))[:, :2]
-                sums[:, members] -= excess(raw[:, 2 * pair], raw[:, 2 * pair + 1], both)
+                sums[:, members] -= excess(raw[:, 2 * pair], raw[:, 2 * pair + 1], neighbours[members, pair])
             total = sums + bias
             if y_scale is None or y_zero is None:
                 floats: np.ndarray = (total.astype(np.float32) * (alpha * a_scale * b_scale)).astype(np.float32)

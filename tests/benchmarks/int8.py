@@ -36,9 +36,12 @@ from export.bundle.limits import rms, spread
 from export.fold import fold_batchnorm
 from export.fold.batchnorm import any_batch, export_program
 from export.formats import onnx_file, onnx_int8, openvino_file
+from export.int8.cpus import kind_here
 from export.int8.saturating import SaturatingFile
+from export.oracle import run_in_batches
 from export.writing import _activations_first
 from trainer import mnist
+from trainer.provenance import cpu_name
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "int8.json"
@@ -182,16 +185,12 @@ def elsewhere(
     return np.asarray(np.load(y))
 
 
-def in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray) -> np.ndarray:
-    return np.concatenate([run(inputs[start : start + 20]) for start in range(0, len(inputs), 20)])
-
-
 def of_onnx(file: Path, network: Network, folder: Path, emulated_images: int) -> dict[str, Any]:
     """An ONNX file here, emulated, and in onnxruntime on an emulated CPU with AVX2 alone."""
-    here = in_batches(onnx_file.runner(file, optimised=True), network.inputs)
+    here = run_in_batches(onnx_file.runner(file, optimised=True), network.inputs, 20)
     found: dict[str, Any] = {"here": judged(here, network)}
     few = network.inputs[:emulated_images]
-    there = in_batches(SaturatingFile(file), few)
+    there = run_in_batches(SaturatingFile(file), few, 20)
     found["without_vnni_emulated"] = judged(there, network)
     if shutil.which(QEMU):
         real = elsewhere(ORT, file, few, folder, before=[QEMU, "-cpu", "Haswell"])
@@ -271,7 +270,7 @@ def measured(network: Network, folder: Path, emulated_images: int, batch_sizes: 
     for name, ways in (("U8U8", {"unsigned_weights": True}), ("reduced range", {"reduce_range": True})):
         by_onnxruntime(network, other := folder / "other.onnx", **ways)
         found[f"onnxruntime's own, {name}"] = {
-            "here": judged(in_batches(onnx_file.runner(other, optimised=True), network.inputs), network),
+            "here": judged(run_in_batches(onnx_file.runner(other, optimised=True), network.inputs, 20), network),
             "images/s over ninefold's": {
                 str(size): speed(session(other, x), session(ours, x)) for size, x in sizes.items()
             },
@@ -295,13 +294,11 @@ def measured(network: Network, folder: Path, emulated_images: int, batch_sizes: 
 
 
 def main() -> None:
-    import cpuinfo
-
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results |= {
         "date": date.today().isoformat(),
-        "cpu": cpuinfo.get_cpu_info().get("brand_raw"),
-        "vnni": "avx512_vnni" in cpuinfo.get_cpu_info()["flags"],
+        "cpu": cpu_name(),
+        "vnni": kind_here() == "vnni",
         "platform": platform.platform(),
     }
     for name in sys.argv[1:] or ("article", "resnet18", "mobilenet_v2"):

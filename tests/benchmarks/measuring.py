@@ -63,6 +63,7 @@ from bench.worker.clock import timed_block, wait_until_quiet
 from bench.worker.loadgen import Driven, Load, read_summary
 from bench.worker.messages import Drive, Measure, Measured, Prepare, Prepared
 from export.bundle import Bundle
+from trainer.provenance import cpu_name
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "artifacts" / "bundles" / "article"
@@ -171,7 +172,7 @@ def comparisons(
     """
     timings = ("device_resident",) if percent or noise_percent else TIMINGS
     settings = {
-        "cpu": cpu(),
+        "cpu": cpu_name(),
         "slowdown_percent": percent,
         "noise_percent": noise_percent,
         "threshold_percent": threshold_percent,
@@ -444,17 +445,10 @@ def busy(count: int) -> dict[str, Any]:
         other.join()
 
 
-def cpu() -> str:
-    """What the CPU calls itself."""
-    import cpuinfo
-
-    return str(cpuinfo.get_cpu_info().get("brand_raw"))
-
-
 def store(name: str, found: Any) -> None:
     """Add or replace an experiment's entry."""
     have = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    machine = {"cpu": cpu(), "platform": platform.platform()}
+    machine = {"cpu": cpu_name(), "platform": platform.platform()}
     have[name] = {"date": date.today().isoformat(), **machine, "found": found}
     RESULTS.write_text(json.dumps(have, indent=1) + "\n")
     print(json.dumps(found, indent=1))

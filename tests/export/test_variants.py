@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from bench.backends.contract import Profile
 from bench.results.parity import judge
-from export import build, checks, raw_input, variants, writing
+from export import build, checks, oracle, raw_input, variants, writing
 from export.build import ExportRefused
 from export.bundle import (
     COARSER,
@@ -126,7 +127,7 @@ def edges() -> np.ndarray:
 def outputs(bundle: Bundle, entry: FileEntry, raw: np.ndarray) -> np.ndarray:
     manifest = bundle.manifest
     taken = raw if entry.takes == "raw" else manifest.preprocessing.apply(raw, manifest.input.shape)
-    return checks.run_in_batches(checks.runner(bundle.path, entry), taken, 100)
+    return oracle.run_in_batches(checks.runner(bundle.path, entry), taken, 100)
 
 
 # -- what is made ----------------------------------------------------------------------------------------------------
@@ -460,6 +461,19 @@ def test_a_format_that_fails_does_not_take_others_with_it(
     assert bundle.find("onnx", "float16") is not None
     (missing,) = bundle.manifest.left_out
     assert "AssertionError: scale issue" in missing.reason
+
+
+def test_a_full_disk_is_no_fault_of_a_file(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every file would be left out for it, nothing is published."""
+    from export.formats import onnx_int8
+
+    def full(*rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_int8, "layers_of", full)
+    with pytest.raises(UserError, match="Free some space"):
+        build.build(material, tmp_path / "small", "auto", lambda line: None, Plan((File("onnx", "int8"),)))
+    assert not (tmp_path / "small").exists()
 
 
 def test_what_was_asked_for_by_name_and_is_wrong_is_an_error(bundle: Bundle) -> None:

@@ -9,14 +9,21 @@ from typing import Any
 import pytest
 
 from bench.cli.exit_codes import cpus_exit_code
+from bench.cli.measure import CpuChoice
 from bench.results.queries import on_cpus
 from bench.results.schema import Result
 from export.bundle import Bundle, CpuVerdict
+from export.bundle.int8 import CPU_KINDS
 
 RIGHT = CpuVerdict(cpu="avx2", proof="same integers", passed=True)
 WRONG = CpuVerdict(cpu="vnni", proof="emulated", passed=False, failures=("its error is large",))
 UNKNOWN = CpuVerdict(cpu="arm-dot", proof="not proved")
 ALL: Any = ("avx2", "vnni", "arm-dot", "wasm")
+
+
+def test_the_option_knows_every_kind_of_cpu() -> None:
+    """It spells them out, since --help doesn't wait for what knows them."""
+    assert tuple(choice for choice in CpuChoice if choice is not CpuChoice.ALL) == CPU_KINDS
 
 
 @pytest.mark.parametrize(
