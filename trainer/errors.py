@@ -92,7 +92,10 @@ def no_interrupt_lost() -> Iterator[None]:
 def run_app(app: _App, prog_name: str) -> None:
     """Run a Typer app as a whole process: a UserError becomes a paragraph on stderr and its exit code.
 
-    What it prints is to be seen line by line in a log or a pipe too, not when the process ends.
+    What it prints is to be seen line by line in a log or a pipe too, not when the process ends. Under `python -m`,
+    CPython kills itself by SIGINT at the end, whatever the exit code, where a KeyboardInterrupt passed
+    through an `exec` or `eval` of a string (torch.export has several) and was then handled; the next one that
+    ends well clears that mark.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
@@ -105,3 +108,5 @@ def run_app(app: _App, prog_name: str) -> None:
     except Terminated:
         print("terminated", file=sys.stderr)
         sys.exit(EXIT_TERMINATED)
+    finally:
+        exec("")

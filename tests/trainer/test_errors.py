@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ import torch
 from torch import nn
 
 from export.fold import fold_batchnorm
-from trainer.errors import no_interrupt_lost
+from trainer.errors import EXIT_INTERRUPTED, no_interrupt_lost
 from trainer.publish import building
+
+ROOT = Path(__file__).parents[2]
 
 
 def swallowed(into: type[Exception] | None) -> None:
@@ -58,3 +63,18 @@ def test_nothing_is_published_after_an_interrupt(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), building(tmp_path / "out", "marker"):
         swallowed(None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_within_exec_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    """CPython would end `python -m` by the signal; a shell sees 130 either way, a parent process -2."""
+    (tmp_path / "interrupted.py").write_text(
+        "import typer\n"
+        "from trainer.errors import run_app\n"
+        "app = typer.Typer()\n"
+        "@app.command()\n"
+        "def work() -> None:\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "run_app(app, prog_name='interrupted')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    assert subprocess.run([sys.executable, "-m", "interrupted"], env=environment).returncode == EXIT_INTERRUPTED
