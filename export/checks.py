@@ -60,7 +60,7 @@ class Checks:
         if problem is None:
             few = run_in_batches(run, taken[: 3 * odd], odd)
             strict = entry.precision == "float32"
-            problem = self._failure(few, entry) if strict else departure(few, outputs, self.oracle)
+            problem = self._failure(few, entry) if strict else departure((few,), (outputs,), self.oracle)
         cpus = self._cpus(entry, taken, outputs) if problem is None and entry.precision == "int8" else ()
         broken = [f"on a CPU of the kind {each.cpu} {'; '.join(each.failures)}" for each in cpus if each.failures]
         return Checked(problem or "; ".join(broken) or None, cpus)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from export.bundle import Bundle, FileEntry, Format, Preprocessing, TensorSpec
+    from export.bundle import Arrays, Bundle, FileEntry, Format, Preprocessing, TensorSpec
 
 Device = Literal["cpu", "cuda", "none"]
 Setting = str | int | float | bool
@@ -62,18 +62,19 @@ class Placement:
 
 
 class Session(Protocol):
-    """A model loaded on a runtime. The three steps from raw input to logits are apart, so that each can be timed."""
+    """A model loaded on a runtime. The three steps from raw input to outputs are apart, so that each can be timed."""
 
-    def prepare(self, raw: np.ndarray) -> Any:
-        """Raw input [N, …], C-contiguous and writable, as the bundle's preprocessing describes it → what the file
-        takes, on the device: preprocessed, or as it is where the file does that itself. What it returns stays valid
-        until `prepare` is called with as many images again; it may still be under way, which `run` waits for."""
+    def prepare(self, raw: np.ndarray, *more: np.ndarray) -> Any:
+        """Raw input [N, …], C-contiguous and writable, as the bundle's preprocessing describes it, and the model's
+        further inputs as they are → what the file takes, on the device: the first preprocessed, or as it is where the
+        file does that itself. What it returns stays valid until `prepare` is called with as many images again; it may
+        still be under way, which `run` waits for."""
 
     def run(self, prepared: Any) -> Any:
         """The model on what `prepare` returned. Returns when the result exists on the device, not when queued."""
 
-    def fetch(self, output: Any) -> np.ndarray:
-        """What `run` returned → float32 logits [N, classes] in host memory."""
+    def fetch(self, output: Any) -> Arrays:
+        """What `run` returned → each output [N, …] in host memory: float32, or the whole numbers that it has."""
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         """What `call`, which uses this session, takes by the GPU's own clock, where several are queued one after the
@@ -203,21 +204,27 @@ def shaped(file: Runnable, given: str) -> str:
     return f"{given}.reshape(len(raw), {ones}*raw.shape[1:])"
 
 
-def input_of(bundle: Bundle, options: Options) -> TensorSpec:
-    """What the file that `options` pick takes."""
+def inputs_of(bundle: Bundle, options: Options) -> tuple[TensorSpec, ...]:
+    """What the file that `options` pick takes, in its order."""
     from export.bundle import takes_raw
 
-    return bundle.manifest.preprocessing.raw if takes_raw(options.variant) else bundle.manifest.input
+    manifest = bundle.manifest
+    return (manifest.preprocessing.raw, *manifest.more_inputs) if takes_raw(options.variant) else manifest.inputs
 
 
 def preparation(bundle: Bundle, options: Options) -> Callable[[np.ndarray], np.ndarray]:
-    """From raw input to what the file takes, in NumPy: the bundle's own preprocessing, or nothing."""
+    """From the first input, raw, to what the file takes, in NumPy: the bundle's own preprocessing, or nothing."""
     from export.bundle import takes_raw
 
     if takes_raw(options.variant):
         return lambda raw: raw
     preprocessing, shape = bundle.manifest.preprocessing, bundle.manifest.input.shape
     return lambda raw: preprocessing.apply(raw, shape)
+
+
+def in_float32(output: np.ndarray) -> np.ndarray:
+    """Narrower floats in float32, which holds them exactly; whole numbers as they are."""
+    return output.astype("float32", copy=False) if output.dtype.kind == "f" else output
 
 
 def file_of(backend: Backend, bundle: Bundle, options: Options) -> FileEntry | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from export.bundle import Bundle, Format
+    from export.bundle import Arrays, Bundle, Format
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,29 @@ class Null:
         return None
 
     def load(self, bundle: Bundle, options: Options) -> NullSession:
-        return NullSession(tuple(size for size in bundle.manifest.output.shape[1:] if isinstance(size, int)))
+        return NullSession(bundle.output_sizes())
 
 
 class NullSession:
-    """Hands its input through; `fetch` returns one zero array for each batch size, made at its first use."""
+    """Hands its input through; `fetch` returns the same zeros for each batch size, made at its first use."""
 
-    def __init__(self, output_shape: tuple[int, ...]) -> None:
-        self._output_shape = output_shape
-        self._zeros: dict[int, np.ndarray] = {}
+    def __init__(self, output_sizes: tuple[tuple[int, ...], ...]) -> None:
+        self._output_sizes = output_sizes
+        self._zeros: dict[int, Arrays] = {}
 
-    def prepare(self, raw: np.ndarray) -> np.ndarray:
+    def prepare(self, raw: np.ndarray, *more: np.ndarray) -> np.ndarray:
         return raw
 
     def run(self, prepared: np.ndarray) -> np.ndarray:
         return prepared
 
-    def fetch(self, output: np.ndarray) -> np.ndarray:
+    def fetch(self, output: np.ndarray) -> Arrays:
         zeros = self._zeros.get(len(output))
         if zeros is None:
             import numpy as np
 
-            zeros = self._zeros[len(output)] = np.zeros((len(output), *self._output_shape), np.float32)
+            zeros = tuple(np.zeros((len(output), *sizes), np.float32) for sizes in self._output_sizes)
+            self._zeros[len(output)] = zeros
         return zeros
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:

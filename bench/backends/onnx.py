@@ -27,7 +27,8 @@ from bench.backends.contract import (
     Session,
     Setting,
     file_path,
-    input_of,
+    in_float32,
+    inputs_of,
     preparation,
     python,
     text,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from export.bundle import Bundle, Format
+    from export.bundle import Arrays, Bundle, Format
 
 # On an H100 with the article's network, CUDA graphs on: the search by default (EXHAUSTIVE) took 4.34 ms for a batch of
 # 4,096 where the heuristic takes 2.32 (TF32: 4.07 and 2.06), 9.49 and 9.02 ms for 16,384, 67 and 62 µs for one image.
@@ -413,8 +414,8 @@ class OnnxSession:
         self, session: Any, bundle: Bundle, options: Options, placement: Placement, settings: dict[str, Setting]
     ) -> None:
         self._session = session
-        self._input_name = input_of(bundle, options).name
-        self._output_name = bundle.manifest.output.name
+        self._inputs = [spec.name for spec in inputs_of(bundle, options)]
+        self._outputs = [spec.name for spec in bundle.manifest.outputs]
         self._placement = placement
         self._settings = settings
 
@@ -431,6 +432,10 @@ class OnnxSession:
         self._session = None
 
 
+Feeds = dict[str, "np.ndarray"]
+"""The inputs by their names."""
+
+
 class CpuSession(OnnxSession):
     """Host memory in, host memory out. `run` with NumPy arrays copies nothing, so there is nothing for a binding to
     save.
@@ -441,17 +446,16 @@ class CpuSession(OnnxSession):
     ) -> None:
         super().__init__(session, bundle, options, placement, settings)
         self._prepare = preparation(bundle, options)
-        self._outputs = [self._output_name]
 
-    def prepare(self, raw: np.ndarray) -> np.ndarray:
-        return self._prepare(raw)
+    def prepare(self, raw: np.ndarray, *more: np.ndarray) -> Feeds:
+        return dict(zip(self._inputs, (self._prepare(raw), *more), strict=True))
 
-    def run(self, prepared: np.ndarray) -> np.ndarray:
-        output: np.ndarray = self._session.run(self._outputs, {self._input_name: prepared})[0]
-        return output
+    def run(self, prepared: Feeds) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = self._session.run(self._outputs, prepared)
+        return outputs
 
-    def fetch(self, output: np.ndarray) -> np.ndarray:
-        return output.astype("float32", copy=False)
+    def fetch(self, output: list[np.ndarray]) -> Arrays:
+        return tuple(map(in_float32, output))
 
 
 class ParallelSession(CpuSession):
@@ -466,13 +470,14 @@ class ParallelSession(CpuSession):
         self._threads = options.threads
         self._pool = ThreadPoolExecutor(options.threads)
 
-    def run(self, prepared: np.ndarray) -> np.ndarray:
+    def run(self, prepared: Feeds) -> list[np.ndarray]:
         import numpy as np
 
-        parts = pieces(len(prepared), self._threads)
+        parts = pieces(len(prepared[self._inputs[0]]), self._threads)
         if len(parts) == 1:
             return super().run(prepared)
-        return np.concatenate(list(self._pool.map(super().run, [prepared[part] for part in parts])))
+        feeds = [{name: array[part] for name, array in prepared.items()} for part in parts]
+        return list(map(np.concatenate, zip(*self._pool.map(super().run, feeds), strict=True)))
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -481,7 +486,8 @@ class ParallelSession(CpuSession):
 
 @dataclass(frozen=True)
 class Bound:
-    """A binding for one batch size and the memory on the GPU that it points into, which must live as long.
+    """A binding for one batch size and the memory on the GPU that it points into, which must live as long: the `inputs`
+    and the `outputs` of the model.
 
     With `run_options` a run returns when the stream has done all that was asked of it, what prepared the input
     included; with `queueing` when it was asked, but that of a CUDA graph, which waits in either case
@@ -491,8 +497,8 @@ class Bound:
     binding: Any
     run_options: Any
     queueing: Any
-    tensor: torch.Tensor
-    logits: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
 
 
 class CudaSession(OnnxSession):
@@ -513,14 +519,15 @@ class CudaSession(OnnxSession):
     ) -> None:
         super().__init__(session, bundle, options, placement, settings)
         self._memory = memory
-        self._output_sizes = tuple(size for size in bundle.manifest.output.shape[1:] if isinstance(size, int))
+        self._output_sizes = bundle.output_sizes()
         self._bound: dict[int, Bound] = {}
 
-    def prepare(self, raw: np.ndarray) -> Bound:
-        tensor = self._memory.prepare(raw)
-        bound = self._bound.get(tensor.data_ptr())
+    def prepare(self, raw: np.ndarray, *more: np.ndarray) -> Bound:
+        tensors = self._memory.prepare(raw, *more)
+        key = tensors[0].data_ptr()
+        bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound[tensor.data_ptr()] = self._bind(tensor)
+            bound = self._bound[key] = self._bind(tensors)
         return bound
 
     def run(self, prepared: Bound) -> Bound:
@@ -528,27 +535,39 @@ class CudaSession(OnnxSession):
         self._session.run_with_iobinding(prepared.binding, run_options)
         return prepared
 
-    def fetch(self, output: Bound) -> np.ndarray:
-        return self._memory.fetch(output.logits)
+    def fetch(self, output: Bound) -> Arrays:
+        return self._memory.fetch(output.outputs)
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         return self._memory.gpu_ns(call)
 
-    def _bind(self, tensor: torch.Tensor) -> Bound:
+    def _bind(self, inputs: tuple[torch.Tensor, ...]) -> Bound:
         import numpy as np
         import onnxruntime
         import torch
 
-        logits = torch.empty((len(tensor), *self._output_sizes), dtype=torch.float32, device="cuda")
+        types = [_numpy_type(argument.type) for argument in self._session.get_outputs()]
+        outputs = tuple(
+            torch.empty((len(inputs[0]), *sizes), dtype=getattr(torch, dtype), device="cuda")
+            for sizes, dtype in zip(self._output_sizes, types, strict=True)
+        )
         binding = self._session.io_binding()
-        taken = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
-        binding.bind_input(self._input_name, "cuda", 0, taken, tuple(tensor.shape), tensor.data_ptr())
-        binding.bind_output(self._output_name, "cuda", 0, np.float32, tuple(logits.shape), logits.data_ptr())
+        for name, tensor in zip(self._inputs, inputs, strict=True):
+            taken = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
+            binding.bind_input(name, "cuda", 0, taken, tuple(tensor.shape), tensor.data_ptr())
+        for name, tensor, dtype in zip(self._outputs, outputs, types, strict=True):
+            binding.bind_output(name, "cuda", 0, np.dtype(dtype).type, tuple(tensor.shape), tensor.data_ptr())
         run_options, queueing = onnxruntime.RunOptions(), onnxruntime.RunOptions()
         for options in (run_options, queueing):
             options.add_run_config_entry(GRAPH_ID, str(len(self._bound) + 1))
         queueing.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return Bound(binding, run_options, queueing, tensor, logits)
+        return Bound(binding, run_options, queueing, inputs, outputs)
+
+
+def _numpy_type(type_: str) -> str:
+    """NumPy's and torch's name of what onnxruntime calls ``tensor(float)``."""
+    name = type_.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 CPU: Backend = Onnx("cpu")

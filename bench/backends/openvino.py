@@ -25,7 +25,7 @@ takes 0.1 s for each batch size. To start a request and wait for it is no slower
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,6 +43,8 @@ from bench.backends.contract import (
     Session,
     Setting,
     file_path,
+    in_float32,
+    inputs_of,
     preparation,
     python,
     text,
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from export.bundle import Bundle, Format
+    from export.bundle import Arrays, Bundle, Format
 
 DEVICE = "CPU"
 # What an executable model holds beside the nodes that compute: where numbers come from and go to.
@@ -155,12 +157,16 @@ class OpenVino:
         return OpenVinoSession(file_path(self, bundle, options), bundle, options, self.throughput)
 
 
+Shapes = tuple[tuple[int, ...], ...]
+"""Of each input."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """The memory of one batch size and the requests that compute on it, each on a piece."""
 
-    input: np.ndarray
-    output: np.ndarray
+    inputs: Arrays
+    outputs: Arrays
     requests: tuple[Any, ...]
 
 
@@ -178,18 +184,23 @@ class OpenVinoSession:
         self._threads = options.threads if throughput else 1
         self._config = configuration(options, throughput)
         self._prepare = preparation(bundle, options)
-        self._compiled: dict[tuple[int, ...], Any] = {}
-        self._slots: dict[tuple[int, ...], Slot] = {}
-        first = self._compile(self._prepare(bundle.oracle().raw[:1].copy()).shape)
+        self._inputs = _places(self._model.inputs, [spec.name for spec in inputs_of(bundle, options)])
+        self._outputs = _places(self._model.outputs, [spec.name for spec in bundle.manifest.outputs])
+        self._compiled: dict[Shapes, Any] = {}
+        self._slots: dict[Shapes, Slot] = {}
+        raw, *more = (array[: bundle.manifest.fixed_batch or 1].copy() for array in bundle.oracle().inputs)
+        first = self._compile(tuple(array.shape for array in (self._prepare(raw), *more)))
         self._placement = read_placement(first, options)
         self._settings = _settings(first, openvino.__version__)
 
-    def prepare(self, raw: np.ndarray) -> Slot:
-        prepared = self._prepare(raw)
-        slot = self._slots.get(prepared.shape)
+    def prepare(self, raw: np.ndarray, *more: np.ndarray) -> Slot:
+        prepared = self._prepare(raw), *more
+        shapes = tuple(array.shape for array in prepared)
+        slot = self._slots.get(shapes)
         if slot is None:
-            slot = self._slots[prepared.shape] = self._slot(prepared)
-        slot.input[...] = prepared
+            slot = self._slots[shapes] = self._slot(prepared)
+        for taken, array in zip(slot.inputs, prepared, strict=True):
+            taken[...] = array
         return slot
 
     def run(self, prepared: Slot) -> Slot:
@@ -203,8 +214,8 @@ class OpenVinoSession:
             request.wait()
         return prepared
 
-    def fetch(self, output: Slot) -> np.ndarray:
-        return output.output.astype("float32")  # a copy: the next call of this batch size writes there
+    def fetch(self, output: Slot) -> Arrays:
+        return tuple(in_float32(array.copy()) for array in output.outputs)  # the next call of this size writes there
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         return None
@@ -220,29 +231,37 @@ class OpenVinoSession:
         self._compiled.clear()
         self._model = self._core = None
 
-    def _slot(self, prepared: np.ndarray) -> Slot:
+    def _slot(self, prepared: Arrays) -> Slot:
         import numpy as np
 
-        images, *sizes = prepared.shape
+        images = len(prepared[0])
         parts = pieces(images, self._threads) if self._threads > 1 else [slice(0, images)]
-        models = [self._compile((part.stop - part.start, *sizes)) for part in parts]
-        port = models[0].output(0)
-        taken = np.empty(prepared.shape, prepared.dtype)
-        logits = np.empty((images, *port.shape[1:]), port.element_type.to_dtype())
+        models = [self._compile(tuple(array[part].shape for array in prepared)) for part in parts]
+        ports = [models[0].output(place) for place in self._outputs]
+        taken = tuple(np.empty(array.shape, array.dtype) for array in prepared)
+        made = tuple(np.empty((images, *port.shape[1:]), port.element_type.to_dtype()) for port in ports)
         requests = [model.create_infer_request() for model in models]
         shared = self._openvino.Tensor
         for request, part in zip(requests, parts, strict=True):
-            request.set_input_tensor(0, shared(taken[part], shared_memory=True))
-            request.set_output_tensor(0, shared(logits[part], shared_memory=True))
-        return Slot(taken, logits, tuple(requests))
+            for place, array in zip(self._inputs, taken, strict=True):
+                request.set_input_tensor(place, shared(array[part], shared_memory=True))
+            for place, array in zip(self._outputs, made, strict=True):
+                request.set_output_tensor(place, shared(array[part], shared_memory=True))
+        return Slot(taken, made, tuple(requests))
 
-    def _compile(self, shape: tuple[int, ...]) -> Any:
-        """The model for inputs of that shape alone."""
-        if shape not in self._compiled:
+    def _compile(self, shapes: Shapes) -> Any:
+        """The model for inputs of those shapes alone."""
+        if shapes not in self._compiled:
             model = self._model.clone()
-            model.reshape(list(shape))
-            self._compiled[shape] = self._core.compile_model(model, DEVICE, self._config)
-        return self._compiled[shape]
+            model.reshape({place: list(shape) for place, shape in zip(self._inputs, shapes, strict=True)})
+            self._compiled[shapes] = self._core.compile_model(model, DEVICE, self._config)
+        return self._compiled[shapes]
+
+
+def _places(ports: Sequence[Any], names: Sequence[str]) -> list[int]:
+    """Where each name is among a model's inputs, or outputs: an IR may have them in another order, or without names."""
+    known = {name: place for place, port in enumerate(ports) for name in port.get_names()}
+    return [known.get(name, place) for place, name in enumerate(names)]
 
 
 def configuration(options: Options, throughput: bool) -> dict[str, str | int | bool]:

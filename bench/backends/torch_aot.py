@@ -102,14 +102,13 @@ class AheadOfTime:
 
 
 class _Package:
-    """The loaded package as a function of one tensor."""
+    """The loaded package as a function of tensors."""
 
     def __init__(self, loader: Any) -> None:
         self._run = loader.run
 
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._run([batch])[0]
-        return logits
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self._run(list(inputs)))
 
 
 def mismatches(built_for: dict[str, str], device: TorchDevice) -> Iterator[str]:

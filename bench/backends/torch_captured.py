@@ -22,6 +22,7 @@ from bench.backends.torch_lines import CAPTURED, export_lines, torch_program
 from bench.backends.torch_program import load_program
 from bench.backends.torch_runtime import (
     GpuMemory,
+    Tensors,
     TorchSession,
     configure_torch,
     torch_unavailable_reason,
@@ -91,16 +92,16 @@ class CapturedSession(TorchSession):
         self, module: Any, bundle: Bundle, options: Options, placement: Placement, settings: dict[str, Setting]
     ) -> None:
         super().__init__(module, bundle, "cuda", options, placement, settings | {"cuda_graph": True})
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
 
-    def run(self, prepared: torch.Tensor) -> torch.Tensor:
-        captured = self._captured.get(prepared.data_ptr())
+    def run(self, prepared: Tensors) -> Any:
+        key = prepared[0].data_ptr()
+        captured = self._captured.get(key)
         if captured is None:
-            captured = self._memory.captured(lambda: self._module(prepared))
-            self._captured[prepared.data_ptr()] = captured
-        graph, logits = captured
+            captured = self._captured[key] = self._memory.captured(lambda: self._module(*prepared))
+        graph, output = captured
         self._memory.complete(graph.replay)
-        return logits
+        return output
 
     def close(self) -> None:
         self._captured.clear()

@@ -74,18 +74,18 @@ class CompiledProgram:
 
 
 class CompiledForEachShape:
-    """A module that is compiled for each shape of its input when that first comes."""
+    """A module that is compiled for each shape of its inputs when that first comes."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
         self._module = module
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
 
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        compiled = self._compiled.get(batch.shape)
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        shapes = tuple(tensor.shape for tensor in inputs)
+        compiled = self._compiled.get(shapes)
         if compiled is None:
-            compiled = self._compiled[batch.shape] = self._compile()
-        logits: torch.Tensor = compiled(batch)
-        return logits
+            compiled = self._compiled[shapes] = self._compile()
+        return compiled(*inputs)
 
     def _compile(self) -> Any:
         """The module in a form that is compiled at its first call.

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
     import torch
 
-    from export.bundle import Bundle
+    from export.bundle import Arrays, Bundle
 
 TorchDevice = Literal["cpu", "cuda"]
 
 QUEUED_CALLS = 10
 CALLS_BEFORE_CAPTURE = 3
 T = TypeVar("T")
+Tensors = tuple["torch.Tensor", ...]
+"""One for each input of the model, or each output."""
 # What multiplies in a precision, in the words of `torch.cpu.get_capabilities`: x86's first, ARM's last.
 INSTRUCTIONS = {
     "float16": ("amx_fp16", "avx10_2", "fp16_arith"),
@@ -201,19 +203,20 @@ class CpuMemory:
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self._input = TorchInput(bundle, "cpu", options)
 
-    def prepare(self, raw: np.ndarray) -> torch.Tensor:
-        """Raw [N, …] → what the file takes: float32 [N, *input.shape[1:]], or `raw` itself."""
-        with self._input._torch.inference_mode():
-            return self._input.preprocess(self._input._torch.from_numpy(raw), self._input.sizes(raw))
+    def prepare(self, raw: np.ndarray, *more: np.ndarray) -> Tensors:
+        """Raw [N, …] → what the file takes: float32 [N, *input.shape[1:]], or `raw` itself; the others as they are."""
+        torch = self._input._torch
+        with torch.inference_mode():
+            first = self._input.preprocess(torch.from_numpy(raw), self._input.sizes(raw))
+            return (first, *map(torch.from_numpy, more))
 
     def complete(self, call: Callable[[], T]) -> T:
         """What `call` returns: the CPU has done it by then."""
         return call()
 
-    def fetch(self, output: torch.Tensor) -> np.ndarray:
-        """Logits → float32 [N, classes]."""
-        logits: np.ndarray = output.to(self._input._torch.float32).numpy()
-        return logits
+    def fetch(self, output: Tensors) -> Arrays:
+        """Outputs [N, …], floats as float32."""
+        return tuple((tensor.float() if tensor.is_floating_point() else tensor).numpy() for tensor in output)
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         """None: there is no clock but the host's."""
@@ -222,7 +225,7 @@ class CpuMemory:
 
 @dataclass(frozen=True)
 class Slot:
-    """The memory that images of one shape pass through: `staging` is pinned, the others are on the GPU. `host` is
+    """The memory that an input of one shape passes through: `staging` is pinned, the others are on the GPU. `host` is
     `staging` as NumPy sees it.
 
     `preprocess` is the captured graph that makes `prepared` of `raw`; None where the file takes `raw` itself.
@@ -248,30 +251,32 @@ class GpuMemory:
 
         self._torch = torch
         self._input = TorchInput(bundle, "cuda", options)
-        self._slots: dict[tuple[tuple[int, ...], np.dtype[Any]], Slot] = {}
-        self._pinned: dict[tuple[int, ...], torch.Tensor] = {}
+        self._slots: dict[tuple[tuple[tuple[int, ...], np.dtype[Any]], ...], tuple[Slot, ...]] = {}
+        self._pinned: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         torch.cuda.synchronize()  # the constants above were made on another stream
         self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.queueing = False
 
-    def prepare(self, raw: np.ndarray) -> torch.Tensor:
-        """Raw [N, …] in host memory → what the file takes, on the GPU, queued on the stream.
+    def prepare(self, raw: np.ndarray, *more: np.ndarray) -> Tensors:
+        """Raw [N, …] in host memory, and further inputs → what the file takes, on the GPU, queued on the stream.
 
-        The same tensor for every raw array of a shape.
+        The same tensors for all inputs of these shapes, and for no others.
         """
         torch = self._torch
-        key = raw.shape, raw.dtype
+        arrays = raw, *more
+        key = tuple((array.shape, array.dtype) for array in arrays)
         with torch.inference_mode(), torch.cuda.stream(self.stream):
-            slot = self._slots.get(key)
-            if slot is None:
-                slot = self._slots[key] = self._slot(raw)
+            slots = self._slots.get(key)
+            if slots is None:
+                slots = self._slots[key] = (self._slot(raw), *map(self._as_it_is, more))
             self.stream.synchronize()  # a copy from `staging` may still be under way
-            # On this thread alone: for more than 32,768 elements torch wakes its pool, which takes longer.
-            np.copyto(slot.host, raw)
-            slot.raw.copy_(slot.staging, non_blocking=True)
-            if slot.preprocess is not None:
-                slot.preprocess.replay()
-        return slot.prepared
+            for slot, array in zip(slots, arrays, strict=True):
+                # On this thread alone: for more than 32,768 elements torch wakes its pool, which takes longer.
+                np.copyto(slot.host, array)
+                slot.raw.copy_(slot.staging, non_blocking=True)
+                if slot.preprocess is not None:
+                    slot.preprocess.replay()
+        return tuple(slot.prepared for slot in slots)
 
     def complete(self, call: Callable[[], T]) -> T:
         """What `call` returns, when all that it asked of the GPU is done; while `queueing`, when it was asked."""
@@ -281,16 +286,15 @@ class GpuMemory:
             self.stream.synchronize()
         return output
 
-    def fetch(self, output: torch.Tensor) -> np.ndarray:
-        """Logits on the GPU → float32 [N, classes] in host memory."""
+    def fetch(self, output: Tensors) -> Arrays:
+        """Outputs on the GPU → [N, …] in host memory, floats as float32."""
         torch = self._torch
-        pinned = self._pinned.get(key := tuple(output.shape))
-        if pinned is None:
-            pinned = self._pinned[key] = torch.empty(key, dtype=torch.float32, pin_memory=True)
         with torch.inference_mode(), torch.cuda.stream(self.stream):
-            pinned.copy_(output, non_blocking=True)
+            all_pinned = [self._pinned_for(place, tensor) for place, tensor in enumerate(output)]
+            for pinned, tensor in zip(all_pinned, output, strict=True):
+                pinned.copy_(tensor, non_blocking=True)
             self.stream.synchronize()
-        return pinned.numpy().copy()  # the next call of this shape writes to `pinned`
+        return tuple(pinned.numpy().copy() for pinned in all_pinned)  # the next call of this shape writes there
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         """What one of `QUEUED_CALLS` calls takes by the GPU's own clock, which are queued without waiting for any.
@@ -313,8 +317,8 @@ class GpuMemory:
         after.synchronize()
         return int(before.elapsed_time(after) * 1e6 / QUEUED_CALLS)
 
-    def captured(self, call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """A graph that does what `call` does at every replay, and the tensor that its result is written to.
+    def captured(self, call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph that does what `call` does at every replay, and the tensors that its results are written to.
 
         Before it is captured it runs a few times: libraries allocate, search for algorithms and compile at first.
         PyTorch documentation, "CUDA Graphs".
@@ -329,15 +333,28 @@ class GpuMemory:
                 output = call()
         return graph, output
 
-    def _slot(self, raw: np.ndarray) -> Slot:
+    def _pinned_for(self, place: int, output: torch.Tensor) -> torch.Tensor:
+        """Memory of its own for each output of a shape."""
         torch = self._torch
-        staging = torch.empty_like(torch.from_numpy(raw), pin_memory=True)
-        on_gpu = torch.zeros_like(staging, device="cuda")
+        dtype = torch.float32 if output.is_floating_point() else output.dtype
+        key = place, tuple(output.shape), dtype
+        if key not in self._pinned:
+            self._pinned[key] = torch.empty(key[1], dtype=dtype, pin_memory=True)
+        return self._pinned[key]
+
+    def _slot(self, raw: np.ndarray) -> Slot:
+        slot = self._as_it_is(raw)
         if self._input.takes_raw:
-            return Slot(staging.numpy(), staging, on_gpu, on_gpu, None)
+            return slot
         sizes = self._input.sizes(raw)
-        graph, prepared = self.captured(lambda: self._input.preprocess(on_gpu, sizes))
-        return Slot(staging.numpy(), staging, on_gpu, prepared, graph)
+        graph, prepared = self.captured(lambda: self._input.preprocess(slot.raw, sizes))
+        return replace(slot, prepared=prepared, preprocess=graph)
+
+    def _as_it_is(self, array: np.ndarray) -> Slot:
+        torch = self._torch
+        staging = torch.empty_like(torch.from_numpy(array), pin_memory=True)
+        on_gpu = torch.zeros_like(staging, device="cuda")
+        return Slot(staging.numpy(), staging, on_gpu, on_gpu, None)
 
 
 class TorchSession:
@@ -362,16 +379,15 @@ class TorchSession:
         self._placement = replace(placement, emulated=emulation(device, options.variant))
         self._settings = torch_settings(device) | settings
 
-    def prepare(self, raw: np.ndarray) -> torch.Tensor:
-        return self._memory.prepare(raw)
+    def prepare(self, raw: np.ndarray, *more: np.ndarray) -> Tensors:
+        return self._memory.prepare(raw, *more)
 
-    def run(self, prepared: torch.Tensor) -> torch.Tensor:
+    def run(self, prepared: Tensors) -> Any:
         with self._inference_mode():
-            output: torch.Tensor = self._memory.complete(lambda: self._module(prepared))
-        return output
+            return self._memory.complete(lambda: self._module(*prepared))
 
-    def fetch(self, output: torch.Tensor) -> np.ndarray:
-        return self._memory.fetch(output)
+    def fetch(self, output: Any) -> Arrays:
+        return self._memory.fetch(tensors_of(output))
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         return self._memory.gpu_ns(call)
@@ -384,6 +400,17 @@ class TorchSession:
 
     def close(self) -> None:
         self._module = None
+
+
+def tensors_of(output: Any) -> Tensors:
+    """All tensors of what a module returned, in the order of its structure."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return (output,)
+    from torch.utils import _pytree as pytree
+
+    return tuple(pytree.tree_leaves(output))
 
 
 def stray_tensors(device: TorchDevice, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]:

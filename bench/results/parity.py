@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from bench.backends.contract import Profile
-from export.bundle import FLOAT32, Oracle, Precision, Tolerances
+from export.bundle import FLOAT32, Arrays, Manifest, Oracle, Precision
 from export.bundle import verdict as contract
 
 
@@ -23,21 +23,23 @@ class ParityVerdict(contract.Verdict):
 
 
 def judge(
-    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile, precision: Precision = FLOAT32
+    outputs: Arrays, oracle: Oracle, manifest: Manifest, profile: Profile, precision: Precision = FLOAT32
 ) -> ParityVerdict:
-    """The verdict on a backend's logits of all of the oracle's inputs, from a file of that precision."""
-    verdict = contract.judge(logits, oracle, tolerances, precision, tf32=profile is Profile.FAST)
+    """The verdict on a backend's outputs of all of the oracle's inputs, from a file of that precision."""
+    tf32 = profile is Profile.FAST
+    verdict = contract.judge_all(outputs, oracle, manifest.outputs, manifest.tolerances, precision, tf32=tf32)
     return ParityVerdict(profile=profile, **vars(verdict))
 
 
 def at_batch(
-    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, profile: Profile, precision: Precision = FLOAT32
+    outputs: Arrays, oracle: Oracle, manifest: Manifest, profile: Profile, precision: Precision = FLOAT32
 ) -> str | None:
-    """Why a backend's logits of one batch are not right, in words, or None where they are.
+    """Why a backend's outputs of one batch are not right, in words, or None where they are.
 
-    `logits` [batch, …], of any float type, are of the oracle's first inputs, which begin again where there are more.
+    `outputs`, each [batch, …], are of the oracle's first inputs, which begin again where there are more.
     """
-    return contract.at_batch(logits, oracle, tolerances, precision, tf32=profile is Profile.FAST)
+    tf32 = profile is Profile.FAST
+    return contract.all_at_batch(outputs, oracle, manifest.outputs, manifest.tolerances, precision, tf32=tf32)
 
 
 def worst_images(logits: np.ndarray, oracle: Oracle, count: int) -> tuple[int, ...]:

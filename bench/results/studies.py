@@ -10,7 +10,7 @@ from bench.backends.contract import Device, Profile
 from bench.machine.findings import Finding
 from bench.results.schema import BundleFacts, Frozen, Percentiles, Result
 from bench.results.statistics import PairedRatio, Spread
-from export.bundle import Preprocessing, TensorSpec
+from export.bundle import Output, Preprocessing, TensorSpec
 
 SUITE_VERSION: Literal[1] = 1
 SuiteDevice = Literal["cuda", "cpu"]
@@ -70,7 +70,7 @@ SWEEP_VERSION: Literal[1] = 1
 
 class Sweep(Frozen):
     """The whole file. `runs` are the full ones, `looks` the short ones that chose who is in those; all with their raw
-    samples. `skipped` is everything that is not in `runs`, and why. `input`, `output` and `preprocessing` are the
+    samples. `skipped` is everything that is not in `runs`, and why. Inputs, outputs and preprocessing are the
     bundle's: what is needed to use a file of it.
     """
 
@@ -82,7 +82,9 @@ class Sweep(Frozen):
     time_limit_s: float
     bundle: BundleFacts
     input: TensorSpec
-    output: TensorSpec
+    output: Output
+    more_inputs: tuple[TensorSpec, ...] = ()
+    more_outputs: tuple[Output, ...] = ()
     preprocessing: Preprocessing
     runs: tuple[Result, ...]
     looks: tuple[Result, ...]

@@ -29,9 +29,7 @@ from bench.worker.messages import Bisect, Evaluate, Evaluated, Measure, Measured
 from bench.worker.peaks import survey
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from export.bundle import Oracle
+    from export.bundle import Arrays, Oracle
 
 # Any size would do; this one doesn't divide the usual counts of images, so that every backend is judged at two batch
 # sizes at least.
@@ -161,8 +159,8 @@ class _Measuring:
             evaluated = lane.ask(Evaluate(PARITY_BATCH_SIZE), Evaluated)
             if evaluated is not None:
                 subject, oracle = lane.subject, self.oracle(lane)
-                lane.parity = verdict_of(subject, evaluated.logits, oracle)
-                self.bisect(lane, evaluated.logits, oracle)
+                lane.parity = verdict_of(subject, evaluated.outputs, oracle)
+                self.bisect(lane, evaluated.outputs, oracle)
 
     def oracle(self, lane: Lane) -> Oracle:
         """That of the lane's bundle, read and checked once."""
@@ -171,12 +169,12 @@ class _Measuring:
             self._oracles[bundle.path] = bundle.oracle()
         return self._oracles[bundle.path]
 
-    def bisect(self, lane: Lane, logits: np.ndarray, oracle: Oracle) -> None:
+    def bisect(self, lane: Lane, outputs: Arrays, oracle: Oracle) -> None:
         """Look for the first node that diverges, where that was asked for."""
         when = self.plan.bisect
         wanted = when == "always" or (when == "failed" and lane.parity is not None and not lane.parity.passed)
         if wanted and bisectable(lane.subject.backend, lane.subject.options.variant):
-            lane.bisection = lane.ask(Bisect(worst_images(logits, oracle, BISECTED_IMAGES)), Bisection)
+            lane.bisection = lane.ask(Bisect(worst_images(outputs[0], oracle, BISECTED_IMAGES)), Bisection)
 
     def measure(self, lanes: list[Lane], rounds: Rounds, process: int, limit: float) -> None:
         """Warm-ups, then the rounds of one process, of which none but the first begins after `limit`."""
@@ -216,13 +214,8 @@ class _Measuring:
         if lane.parity is None:
             return
         subject = lane.subject
-        problem = at_batch(
-            prepared.logits,
-            self.oracle(lane),
-            subject.bundle.manifest.tolerances,
-            subject.options.profile,
-            subject.precision,
-        )
+        manifest, profile = subject.bundle.manifest, subject.options.profile
+        problem = at_batch(prepared.outputs, self.oracle(lane), manifest, profile, subject.precision)
         if problem is not None and (failure := f"at {problem}") not in lane.parity.failures:
             lane.parity = replace(lane.parity, passed=False, failures=(*lane.parity.failures, failure))
 
@@ -237,9 +230,9 @@ class _Measuring:
         self.progress(what, min(1.0, share))
 
 
-def verdict_of(subject: Subject, logits: np.ndarray, oracle: Oracle) -> ParityVerdict:
-    """The verdict on a subject's logits of all of its oracle's inputs."""
-    return judge(logits, oracle, subject.bundle.manifest.tolerances, subject.options.profile, subject.precision)
+def verdict_of(subject: Subject, outputs: Arrays, oracle: Oracle) -> ParityVerdict:
+    """The verdict on a subject's outputs of all of its oracle's inputs."""
+    return judge(outputs, oracle, subject.bundle.manifest, subject.options.profile, subject.precision)
 
 
 def _survey(plan: Plan, lanes: list[Lane], show: Callable[[str], None]) -> Survey | None:

@@ -67,7 +67,7 @@ def run_suite(request: SuiteRequest, keep: Keep, progress: Progress) -> Suite:
     gpu = bool(sensors.gpus())
     parts = chosen_runs(request.backends, gpu)
     left_out = absent(request.backends, gpu)
-    raw_bytes_per_image = int(opened(request.bundle).oracle().raw[0].nbytes)
+    raw_bytes_per_image = sum(array[0].nbytes for array in opened(request.bundle).oracle().inputs)
     progress("looking at the machine", 0.0)
     findings = tuple(examine(request.threads))
     runs: list[Result] = []

@@ -196,7 +196,10 @@ def command(sweep: Sweep, candidate: Candidate) -> str:
 
 
 def program(sweep: Sweep, candidate: Candidate) -> str:
-    """What runs the file as it was measured, without ninefold."""
+    """What runs the file as it was measured, without ninefold: known for one input and one output."""
+    if sweep.more_inputs or sweep.more_outputs:
+        counts = f"{1 + len(sweep.more_inputs)} inputs and {1 + len(sweep.more_outputs)} outputs"
+        return f"# Programs are written for files of one input and one output; this one has {counts}.\n"
     return snippet(
         candidate.backend,
         Runnable(

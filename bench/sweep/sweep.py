@@ -86,6 +86,8 @@ def run_sweep(request: SweepRequest, folder: SweepFolder, progress: Progress) ->
         bundle=runs[0].bundles[0].model_copy(update={"path": str(request.path)}),
         input=request.bundle.manifest.input,
         output=request.bundle.manifest.output,
+        more_inputs=request.bundle.manifest.more_inputs,
+        more_outputs=request.bundle.manifest.more_outputs,
         preprocessing=request.bundle.manifest.preprocessing,
         runs=tuple(runs),
         looks=tuple(looks),

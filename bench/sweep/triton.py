@@ -99,9 +99,17 @@ def config_text(sweep: Sweep, candidate: Candidate, entry: FileEntry, max_p99_ms
         max_batch_size=candidate.batch_size,
         default_model_filename=_name_there(candidate, Path(entry.path)),
     )
-    for field, spec in ((config.input, input_of(sweep, candidate)), (config.output, sweep.output)):
-        tensor = field.add(name=spec.name + ("__0" if server.indexed else ""), dims=_dims(spec))
-        tensor.data_type = schema.DataType.Value(TYPES[spec.dtype])
+    ends = (
+        (config.input, (input_of(sweep, candidate), *sweep.more_inputs)),
+        (
+            config.output,
+            (sweep.output, *sweep.more_outputs),
+        ),
+    )
+    for field, specs in ends:
+        for place, spec in enumerate(specs):
+            tensor = field.add(name=spec.name + (f"__{place}" if server.indexed else ""), dims=_dims(spec))
+            tensor.data_type = schema.DataType.Value(TYPES[spec.dtype])
     group = config.instance_group.add(count=1)
     group.kind = schema.ModelInstanceGroup.Kind.Value("KIND_GPU" if candidate.device == "cuda" else "KIND_CPU")
     if candidate.batch_size > 1:

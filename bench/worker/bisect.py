@@ -39,13 +39,13 @@ from bench.results.parity import Bisection, Divergence
 from export.bundle.limits import TF32_COARSER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     import onnx
     import torch
 
     from bench.backends.torch_runtime import TorchDevice
-    from export.bundle import Bundle
+    from export.bundle import Arrays, Bundle
 
 ROUNDING_FACTOR = 8.0
 """How much further from float64 a value may be than float32 torch's own, relative to its RMS. In files that are right
@@ -102,22 +102,23 @@ def bisect(
     import onnx
 
     manifest, oracle = bundle.manifest, bundle.oracle()
-    raw = oracle.raw[list(images)]
-    inputs = manifest.preprocessing.apply(raw, manifest.input.shape)
+    raw, *more = (array[list(images)] for array in oracle.inputs)
+    inputs = manifest.preprocessing.apply(raw, manifest.input.shape), *more
     references, output = _torch_values(bundle, inputs)
     truth = _rows(oracle.logits[list(images)], len(images))
-    for rows, wanted in ((output.rows, truth), (_fed(session, raw), inputs)):
+    for rows, wanted in ((output.rows, truth), (_fed(session, raw, *more), inputs[0])):
         error = _rms(rows - wanted) / (_rms(wanted) or 1.0)
         if error > INPUT_ROUNDING:
             return Bisection(images, 0, 0, 0, Divergence("input", None, None, None, error, 0, None))
 
     model = onnx.load(str(bundle.locate(bundle.entry("onnx", folded=options.folded))))
-    values = _onnx_values(model, manifest.input.name, inputs, device, options)
-    walk = _Walk(model, values, references, output, len(images), options.profile)
+    feeds = {spec.name: array for spec, array in zip(manifest.inputs, inputs, strict=True)}
+    values = _onnx_values(model, feeds, device, options)
+    walk = _Walk(model, values, references, output, manifest.output.name, len(images), options.profile)
     node = walk.first_diverging()
     divergence = None if node is None else walk.describe(node)
     if node is None:
-        logits = _rows(session.fetch(session.run(session.prepare(raw))), len(images))
+        logits = _rows(session.fetch(session.run(session.prepare(raw, *more)))[0], len(images))
         distance = output.distance(logits)
         if distance is None or distance > output.limit(walk.is_coarse(manifest.output.name)):
             non_finite = int(np.count_nonzero(~np.isfinite(logits)))
@@ -134,6 +135,7 @@ class _Walk:
         values: dict[str, np.ndarray],
         references: list[_Reference],
         output: _Reference,
+        output_name: str,
         images: int,
         profile: Profile,
     ) -> None:
@@ -142,8 +144,9 @@ class _Walk:
         self._references = references
         self._images = images
         self._profile = profile
-        self._input = next(value.name for value in model.graph.input if value.name in values)
-        self._dependent = {self._input}
+        given = [value.name for value in model.graph.input if value.name in values]
+        self._input = given[0]
+        self._dependent = set(given)
         self._half: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         for node in model.graph.node:
@@ -157,7 +160,7 @@ class _Walk:
                         self._half.update(node.output)
         self._agreed: dict[str, _Reference] = {}
         for node in self.nodes:
-            last = any(value.name == node.output[0] for value in model.graph.output)
+            last = node.output[0] == output_name
             if (reference := self._same(node, [output] if last else references)) is not None:
                 self._agreed[node.output[0]] = reference
         self.agreeing = len(self._agreed)
@@ -276,29 +279,32 @@ class _Walk:
         return "file" if _rms(rows - wanted) <= KERNEL_ROUNDING * scale else "runtime"
 
 
-def _torch_values(bundle: Bundle, inputs: np.ndarray) -> tuple[list[_Reference], _Reference]:
-    """What each node of the unfolded program computes, its input first; and the one that is its output."""
+def _torch_values(bundle: Bundle, inputs: Arrays) -> tuple[list[_Reference], _Reference]:
+    """What each node of the unfolded program computes, its input first; and the one that is its first output."""
     import torch
 
     from bench.backends.torch_program import read_program
 
     exported = read_program(bundle.locate(bundle.entry("pt2", folded=False))).module(check_guards=False)
     module = torch.fx.GraphModule(exported, exported.graph)
-    (result,) = module.graph.output_node().all_input_nodes  # the one output of the manifest
+    result = module.graph.output_node().all_input_nodes[0]  # the first output of the manifest
+    images = len(inputs[0])
+    given = [torch.from_numpy(array) for array in inputs]
     with torch.inference_mode():
         # In float32 first: `double` changes the module.
-        single = dict(_recorded(module, torch.from_numpy(inputs)))
-        double = dict(_recorded(module.double(), torch.from_numpy(inputs).double()))
+        single = dict(_recorded(module, given))
+        wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in given]
+        double = dict(_recorded(module.double(), wide))
     layers = {node.name: _module_path(node) for node in module.graph.nodes}
     references, output = [], None
     for name, value in double.items():
-        if not value.size or value.size % len(inputs):
+        if not value.size or value.size % images:
             continue
-        rows = _rows(value, len(inputs))
-        if name != result.name and not np.ptp(rows, axis=0).any() and len(inputs) > 1:
+        rows = _rows(value, images)
+        if name != result.name and not np.ptp(rows, axis=0).any() and images > 1:
             continue  # a constant: to have the same one says nothing
         rms = _rms(rows) or 1.0
-        reference = _Reference(name, layers[name], rows, rms, _rms(_rows(single[name], len(inputs)) - rows) / rms)
+        reference = _Reference(name, layers[name], rows, rms, _rms(_rows(single[name], images) - rows) / rms)
         references.append(reference)
         if name == result.name:
             output = reference
@@ -306,7 +312,7 @@ def _torch_values(bundle: Bundle, inputs: np.ndarray) -> tuple[list[_Reference],
     return references, output
 
 
-def _recorded(module: torch.fx.GraphModule, inputs: torch.Tensor) -> Iterator[tuple[str, np.ndarray]]:
+def _recorded(module: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[str, np.ndarray]]:
     """Name and output of each node that makes floats, in the order of the graph; the input too."""
     import torch
 
@@ -321,7 +327,7 @@ def _recorded(module: torch.fx.GraphModule, inputs: torch.Tensor) -> Iterator[tu
                 values[node.name] = result.clone().numpy()  # a node after it may work in place
             return result
 
-    Recorder(module).run(inputs)
+    Recorder(module).run(*inputs)
     yield from values.items()
 
 
@@ -332,7 +338,7 @@ def _module_path(node: torch.fx.Node) -> str | None:
 
 
 def _onnx_values(
-    model: onnx.ModelProto, input_name: str, inputs: np.ndarray, device: TorchDevice, options: Options
+    model: onnx.ModelProto, inputs: dict[str, np.ndarray], device: TorchDevice, options: Options
 ) -> dict[str, np.ndarray]:
     """Every tensor of the file's graph on the runtime, optimisations off: input, constants and what nodes make."""
     import onnx
@@ -348,8 +354,8 @@ def _onnx_values(
     session = open_session(shown.SerializeToString(), device, options, optimised=False)
     names = [value.name for value in session.get_outputs()]
     values = {constant.name: numpy_helper.to_array(constant) for constant in model.graph.initializer}
-    values |= dict(zip(names, session.run(names, {input_name: inputs}), strict=True))
-    values[input_name] = inputs
+    values |= dict(zip(names, session.run(names, inputs), strict=True))
+    values |= inputs
     return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
@@ -359,15 +365,15 @@ def _layer_of_weights(node: onnx.NodeProto, model: onnx.ModelProto) -> str | Non
     return next((name.rpartition(".")[0] for name in node.input if name in constants and "." in name), None)
 
 
-def _fed(session: Session, raw: np.ndarray) -> np.ndarray:
-    """What the backend's session makes of raw input, in host memory."""
+def _fed(session: Session, raw: np.ndarray, *more: np.ndarray) -> np.ndarray:
+    """What the backend's session of onnxruntime makes of the first input, raw, in host memory."""
     from bench.backends.onnx import Bound
 
-    prepared = session.prepare(raw.copy())
+    prepared = session.prepare(raw.copy(), *more)
     if not isinstance(prepared, Bound):
-        return np.asarray(prepared)
+        return np.asarray(next(iter(prepared.values())))
     session.run(prepared)  # which waits for what prepared its input
-    return np.asarray(prepared.tensor.cpu().numpy())
+    return np.asarray(prepared.inputs[0].cpu().numpy())
 
 
 def _rows(value: np.ndarray, images: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import gc
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from bench.results.terms import Scenario
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from export.bundle import Arrays
 
 # The rules of MLPerf Inference, from LoadGen's mlperf.conf (version 6.0), where it sets them for every model.
 PERCENTILES = {"single-stream": 0.90, "multi-stream": 0.99, "server": 0.99}
@@ -87,11 +89,11 @@ class Summary:
     images_per_s: float | None
 
 
-def drive(call: Callable[[np.ndarray], np.ndarray], raw: np.ndarray, load: Load, folder: Path) -> Driven:
+def drive(call: Callable[..., Arrays], raw: Arrays, load: Load, folder: Path) -> Driven:
     """Let LoadGen issue queries to `call` until it has enough, its logs going to `folder` (made here).
 
-    `call` turns raw images [n, …] into float32 logits [n, …]; `raw` are all images that there are. Every query is
-    answered before LoadGen issues the next, in the order in which they arrive.
+    `call` turns each of the model's inputs, [n, …], into its outputs, [n, …]; `raw` are all inputs that there are.
+    Every query is answered before LoadGen issues the next, in the order in which they arrive.
 
     Raises whatever `call` raises, once LoadGen has come to an end: it does not survive an exception from within, so
     that every query after that one is answered with nothing.
@@ -100,18 +102,17 @@ def drive(call: Callable[[np.ndarray], np.ndarray], raw: np.ndarray, load: Load,
     import numpy as np
 
     folder.mkdir(parents=True)
-    images = np.array(raw, order="C")  # writable, as sessions expect their input
-    answers = _Answers(call, images, load)
+    inputs = tuple(np.array(array, order="C") for array in raw)  # writable, as sessions expect their input
+    images = len(inputs[0])
+    answers = _Answers(call, inputs, load)
     system = mlperf_loadgen.ConstructFastSUT(answers.issue, _nothing)
-    library = mlperf_loadgen.ConstructQSL(len(images), len(images), _nothing, _nothing)
+    library = mlperf_loadgen.ConstructQSL(images, images, _nothing, _nothing)
     started = time.perf_counter()
     gc.disable()  # as in a timed block: a collection of the harness's own garbage would land in somebody's p99
     try:
         # The last argument is the name of a file that would override the settings; the default is one in the current
         # folder.
-        mlperf_loadgen.StartTestWithLogSettings(
-            system, library, _settings(load, len(images)), _log_settings(folder), ""
-        )
+        mlperf_loadgen.StartTestWithLogSettings(system, library, _settings(load, images), _log_settings(folder), "")
     finally:
         gc.enable()
         mlperf_loadgen.DestroyQSL(library)
@@ -130,12 +131,10 @@ class _Answers:
     looks at them, which is in its accuracy mode, and one image is answered with what is at hand.
     """
 
-    def __init__(self, call: Callable[[np.ndarray], np.ndarray], images: np.ndarray, load: Load) -> None:
+    def __init__(self, call: Callable[..., Arrays], inputs: Arrays, load: Load) -> None:
         import mlperf_loadgen
-        import numpy as np
 
-        self._contiguous = np.ascontiguousarray
-        self._call, self._pool, self._accuracy = call, images, load.accuracy
+        self._call, self._pool, self._accuracy = call, inputs, load.accuracy
         self._size = load.images_per_call
         self._response = mlperf_loadgen.QuerySampleResponse
         self._complete = mlperf_loadgen.QuerySamplesComplete
@@ -152,7 +151,7 @@ class _Answers:
             index = indices[0]
             try:
                 # A view: no copy that a caller with an image in hand would not make.
-                self._call(self._pool[index : index + 1])
+                self._call(*[array[index : index + 1] for array in self._pool])
             except Exception as error:  # whatever a runtime raises
                 self.failure = error
             self._one.id = ids[0]
@@ -165,13 +164,22 @@ class _Answers:
         address = each = 0
         if self.failure is None:
             try:
-                logits = self._call(self._pool[indices])
+                outputs = self._call(*[array[indices] for array in self._pool])
                 if self._accuracy:
-                    logits = self._contiguous(logits, "float32")
-                    address, each = logits.__array_interface__["data"][0], logits.nbytes // len(ids)
+                    packed = pack(outputs)
+                    address, each = packed.__array_interface__["data"][0], packed.nbytes // len(ids)
             except Exception as error:  # whatever a runtime raises
                 self.failure = error
         self._complete([self._response(id_, address + place * each, each) for place, id_ in enumerate(ids)])
+
+
+def pack(outputs: Arrays) -> np.ndarray:
+    """Outputs [n, …] as one array of bytes, uint8 [n, bytes of an image]: each image's, one output after the other."""
+    import numpy as np
+
+    return np.concatenate(
+        [np.ascontiguousarray(each).reshape(len(each), -1).view(np.uint8) for each in outputs], axis=1
+    )
 
 
 def _nothing(*_: object) -> None:
@@ -253,22 +261,29 @@ def read_summary(folder: Path) -> Summary:
     )
 
 
-def read_outputs(folder: Path, shape: Sequence[int]) -> np.ndarray:
-    """The logits that LoadGen collected in accuracy mode, float32 of `shape` [N, …], in the order of the images.
+def read_outputs(folder: Path, like: Arrays) -> Arrays:
+    """The outputs that LoadGen collected in accuracy mode, in the order of the images: each of the shape [N, …] of that
+    of `like`, in float32 where that has floats, else in its type.
 
     Raises:
-        ValueError: an image is missing, or its logits have another size.
+        ValueError: an image is missing, or its outputs have another size.
     """
     import numpy as np
 
-    logits, outputs = np.empty(tuple(shape), np.float32), np.zeros(shape[0], bool)
+    found = tuple(np.empty(each.shape, np.float32 if each.dtype.kind == "f" else each.dtype) for each in like)
+    ends = np.cumsum([each[0].nbytes for each in found])
+    collected = np.zeros(len(like[0]), bool)
     for entry in json.loads((folder / "mlperf_log_accuracy.json").read_text()):
-        place = entry["qsl_idx"]
-        logits[place] = np.frombuffer(bytes.fromhex(entry["data"]), np.float32).reshape(tuple(shape[1:]))
-        outputs[place] = True
-    if not outputs.all():
-        raise ValueError(f"LoadGen collected the outputs of {outputs.sum()} of {len(outputs)} images")
-    return logits
+        place, data = entry["qsl_idx"], bytes.fromhex(entry["data"])
+        if len(data) != ends[-1]:
+            raise ValueError(f"LoadGen collected {len(data)} bytes of image {place}, expected {ends[-1]}")
+        for each, end in zip(found, ends, strict=True):
+            part = data[end - each[0].nbytes : end]
+            each[place] = np.frombuffer(part, each.dtype).reshape(each.shape[1:])
+        collected[place] = True
+    if not collected.all():
+        raise ValueError(f"LoadGen collected the outputs of {collected.sum()} of {len(collected)} images")
+    return found
 
 
 def read_version(folder: Path) -> str:

@@ -12,7 +12,7 @@ from bench.worker.clock import Block, WarmUp
 from bench.worker.loadgen import Driven, Load
 
 if TYPE_CHECKING:
-    import numpy as np
+    from export.bundle import Arrays
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Ask for the logits of all of the oracle's inputs."""
+    """Ask for the outputs of all of the oracle's inputs."""
 
     batch_size: int
 
@@ -123,19 +123,19 @@ class Broken:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The logits, float32 [N, classes], in the oracle's order."""
+    """Each output [N, …], floats in float32, in the oracle's order."""
 
-    logits: np.ndarray
+    outputs: Arrays
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The warm-up is done. `logits` are the first call's, float32 [batch, …]: of the first images of the oracle, and of
-    those again where it has fewer.
+    """The warm-up is done. `outputs` are the first call's, [batch, …], floats in float32: of the first images of the
+    oracle, and of those again where it has fewer.
     """
 
     warm_up: WarmUp
-    logits: np.ndarray
+    outputs: Arrays
 
 
 @dataclass(frozen=True)

@@ -93,17 +93,17 @@ def count(bundle: Bundle, program: torch.export.ExportedProgram) -> Work:
                         moved["activations"] += bytes_
             return result
 
-    images = 2
-    raw = bundle.oracle().raw[:images]
+    images = bundle.manifest.fixed_batch or 2
+    raw, *more = (array[:images] for array in bundle.oracle().inputs)
     batch = bundle.manifest.preprocessing.apply(raw, bundle.manifest.input.shape)
     flops = FlopCounterMode(display=False)
     with torch.no_grad(), flops, Bytes():  # type: ignore[no-untyped-call]
-        exported(torch.from_numpy(batch))
+        exported(torch.from_numpy(batch), *map(torch.from_numpy, more))
     return Work(
         flops_per_image=flops.get_total_flops() / images,
         activation_bytes_per_image=moved["activations"] / images,
         weight_bytes=sum(used.values()),
-        raw_bytes_per_image=raw.nbytes / len(raw),
+        raw_bytes_per_image=sum(array.nbytes for array in (raw, *more)) / images,
     )
 
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from export.bundle import Bundle
+    from export.bundle import Arrays, Bundle
 
 
 def serve(pipe: Connection, job: Job, log: str) -> None:
@@ -113,7 +113,7 @@ class _Model:
     def __init__(self, session: Session, bundle: Bundle, backend: Backend, options: Options) -> None:
         self._session = session
         self._bundle, self._backend, self._options = bundle, backend, options
-        self._raw = bundle.oracle().raw
+        self._oracle = bundle.oracle().inputs
 
     def answer(self, request: Evaluate | Bisect | Prepare | Measure | Drive) -> Reply:
         if isinstance(request, Evaluate):
@@ -121,21 +121,21 @@ class _Model:
         if isinstance(request, Bisect):
             return self._bisect(request.images)
         if isinstance(request, Drive):
-            driven = drive(partial(_end_to_end, self._session), self._raw, request.load, request.folder)
+            driven = drive(partial(_end_to_end, self._session), self._oracle, request.load, request.folder)
             wait_until_quiet()
             return driven
         if isinstance(request, Measure) and request.cpus is not None:
             pin(request.cpus)
         raw = self._inputs(request.batch_size)
+        whole = partial(_end_to_end, self._session, *raw)
         if isinstance(request, Prepare):
-            whole = partial(_end_to_end, self._session, raw)  # which runs the model on the device, too
-            logits = whole()
-            done = warm_up(whole)
+            outputs = whole()
+            done = warm_up(whole)  # which runs the model on the device, too
             wait_until_quiet()
-            return Prepared(done, logits)
+            return Prepared(done, outputs)
         calls: dict[Timing, Callable[[], object]] = {
-            "device_resident": partial(self._session.run, self._session.prepare(raw)),
-            "end_to_end": partial(_end_to_end, self._session, raw),
+            "device_resident": partial(self._session.run, self._session.prepare(*raw)),
+            "end_to_end": whole,
         }
         gpu_ns = self._session.gpu_ns
         blocks = tuple(
@@ -150,19 +150,22 @@ class _Model:
             raise TypeError(f"{self._backend.name} runs no float32 ONNX file, so there are no nodes to compare")
         return bisect(self._bundle, self._session, device, self._options, images)
 
-    def _inputs(self, batch_size: int) -> np.ndarray:
+    def _inputs(self, batch_size: int) -> Arrays:
         """The first `batch_size` inputs of the oracle (again from the start if it has fewer)."""
         import numpy as np
 
-        return self._raw[np.arange(batch_size) % len(self._raw)]
+        return tuple(array[np.arange(batch_size) % len(array)] for array in self._oracle)
 
     def _evaluate(self, batch_size: int) -> Evaluated:
         import numpy as np
 
-        starts = range(0, len(self._raw), batch_size)
-        parts = [_end_to_end(self._session, self._raw[start : start + batch_size].copy()) for start in starts]
+        starts = range(0, len(self._oracle[0]), batch_size)
+        parts = [
+            _end_to_end(self._session, *(array[start : start + batch_size].copy() for array in self._oracle))
+            for start in starts
+        ]
         wait_until_quiet()
-        return Evaluated(np.concatenate(parts))
+        return Evaluated(tuple(map(np.concatenate, zip(*parts, strict=True))))
 
 
 def pin(cpus: tuple[int, ...]) -> None:
@@ -186,8 +189,8 @@ def _peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _end_to_end(session: Session, raw: np.ndarray) -> np.ndarray:
-    return session.fetch(session.run(session.prepare(raw)))
+def _end_to_end(session: Session, *raw: np.ndarray) -> Arrays:
+    return session.fetch(session.run(session.prepare(*raw)))
 
 
 def _as_reply(error: Exception, loading: bool) -> Reply:

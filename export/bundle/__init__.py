@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from export.bundle.manifest import FLOAT32 as FLOAT32
     from export.bundle.manifest import MANIFEST_NAME as MANIFEST_NAME
     from export.bundle.manifest import VARIANTS as VARIANTS
+    from export.bundle.manifest import Arrays as Arrays
     from export.bundle.manifest import Bundle as Bundle
     from export.bundle.manifest import BundleError as BundleError
     from export.bundle.manifest import CpuVerdict as CpuVerdict
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from export.bundle.manifest import Limits as Limits
     from export.bundle.manifest import Manifest as Manifest
     from export.bundle.manifest import Oracle as Oracle
+    from export.bundle.manifest import Output as Output
+    from export.bundle.manifest import OutputKind as OutputKind
     from export.bundle.manifest import Precision as Precision
     from export.bundle.manifest import Preprocessing as Preprocessing
     from export.bundle.manifest import Source as Source

@@ -37,6 +37,11 @@ such errors explain. With errors of standard deviation e, image i flips with a p
 p_i = Σ_j Φ(−(z_top − z_j) / (√2 e)); the number of flips is Poisson's with mean Σ p_i. Right files had up to 2.6 times
 the mean where it was small (8 for 3.1) and 1.5 where it was not (36 for 24), so twice the mean is granted.
 
+Where the scores are a map, [N, C, …], each of its places is a prediction.
+
+**Whole numbers** that name something, such as the places of maxima, tell no margin. A share of them may differ,
+Poisson's bound of it where there are few.
+
 **Top-1** may be lower by a margin, never "not significantly different": the upper one-sided 95 % bound of its loss has
 to be within the margin. Better is never wrong. MLPerf asks of a quantised ResNet-50 99 % of the reference's accuracy,
 and 99.9 % where it is strict; int8 may lose half a point, float16 and TF32 a tenth. Of N images with no change at all
@@ -56,7 +61,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from export.bundle.manifest import COARSER, FLOAT32, Limits, Precision, Tolerances
+from export.bundle.manifest import COARSER, FLOAT32, Limits, OutputKind, Precision, Tolerances
 
 # The fast profile lets float32 be computed in TF32, whose significand is float16's.
 TF32_COARSER = COARSER["float16"]
@@ -73,13 +78,29 @@ TOP1_Z = 1.6448536269514722
 """Of the normal distribution, one-sided 95 %."""
 TOP1_IMAGES = 10
 """The fewest images that the margin of top-1 amounts to."""
+ROWS = 100_000
+"""Predictions looked at in one go: a map of them for each image is many."""
+CHOICES_SHARE = 1e-3
 FLOAT32_SHARE = 1e-4
 """Of the outputs' RMS: float32 that is further off than that is no unit for anything. The article's is off by 2e-7."""
 
 
 def are_class_scores(outputs: np.ndarray) -> bool:
-    """One row of at least two scores for each image. Anything else has no prediction that could flip."""
-    return outputs.ndim == 2 and outputs.shape[1] >= 2
+    """One row of at least two scores for each image. Anything else has no prediction that could flip, unless somebody
+    says so."""
+    return kind_of(outputs) == "scores"
+
+
+def kind_of(outputs: np.ndarray) -> OutputKind:
+    """What outputs [N, …] of which nobody said it are made of."""
+    if outputs.dtype.kind != "f":
+        return "choices"
+    return "scores" if outputs.ndim == 2 and outputs.shape[1] >= 2 else "values"
+
+
+def by_class(scores: np.ndarray) -> np.ndarray:
+    """Scores [N, C, …] as rows [N · …, C], one for each prediction."""
+    return scores if scores.ndim == 2 else np.moveaxis(scores, 1, -1).reshape(-1, scores.shape[1])
 
 
 def rms(values: np.ndarray) -> float:
@@ -95,12 +116,13 @@ def rms_of_each(values: np.ndarray) -> np.ndarray:
     return each
 
 
-def spread(truth: np.ndarray) -> float:
-    """The unit of the RMS error: the RMS of class scores [N, C ≥ 2] less each image's mean, of others less their mean.
+def spread(truth: np.ndarray, kind: OutputKind | None = None) -> float:
+    """The unit of the RMS error: the RMS of class scores [N, C ≥ 2, …] less their mean, of others less the mean of all.
 
     0 where that is no more than float64's own rounding.
     """
-    found = rms(truth - (truth.mean(1, keepdims=True) if are_class_scores(truth) else truth.mean()))
+    scores = (kind or kind_of(truth)) == "scores"
+    found = rms(truth - (truth.mean(1, keepdims=True) if scores else truth.mean()))
     return found if found > NO_SPREAD * rms(truth) else 0.0
 
 
@@ -123,7 +145,15 @@ class RmsLimit:
     strict: bool
 
     @classmethod
-    def of(cls, truth: np.ndarray, tolerances: Tolerances, precision: Precision, *, tf32: bool) -> RmsLimit:
+    def of(
+        cls,
+        truth: np.ndarray,
+        tolerances: Tolerances,
+        precision: Precision,
+        *,
+        tf32: bool,
+        kind: OutputKind | None = None,
+    ) -> RmsLimit:
         """The limit for a file of that precision, from the oracle's logits, float64 [N, …]."""
         strict = precision == FLOAT32 and not tf32
         coarser = TF32_COARSER if precision == FLOAT32 and tf32 else COARSER[precision]
@@ -131,7 +161,7 @@ class RmsLimit:
         once = FLOAT32_ROUNDOFF * rms(truth)
         float32 = max(tolerances.float32_rms_error, once)
         rounding = tolerances.strict_rms_factor * coarser * float32
-        unit = spread(truth)
+        unit = spread(truth, kind)
         value = rounding if strict else max(limits_of(tolerances, precision).rms_percent / 100 * unit, rounding)
         centre = truth.mean(0, keepdims=True) if len(truth) > 1 else None
         moved = 0.0 if centre is None else rms(truth - centre)
@@ -174,9 +204,24 @@ def explained_flips(truth: np.ndarray, error: float) -> float:
     """How many predictions flip on average, at most, where scores [N, C] have independent normal errors of that RMS."""
     from scipy.special import ndtr  # here: the workers import this module and need no scipy
 
-    behind = truth.max(1, keepdims=True) - truth
-    each = ndtr(-behind / (math.sqrt(2) * error)).sum(1) - 0.5  # the top itself is not behind
-    return float(np.minimum(each, 1).sum())
+    total = 0.0
+    for start in range(0, len(truth), ROWS):
+        part = truth[start : start + ROWS]
+        behind = part.max(1, keepdims=True) - part
+        each = ndtr(-behind / (math.sqrt(2) * error)).sum(1) - 0.5  # the top itself is not behind
+        total += float(np.minimum(each, 1).sum())
+    return total
+
+
+def most_choices(count: int, tolerances: Tolerances, precision: Precision, *, tf32: bool) -> int:
+    """Of `count` whole numbers that name something, how many may be others than the oracle's.
+
+    Nobody knows how near to a tie each was, so that a share of them is granted: of float32 a thousandth, of coarser
+    precisions what their RMS error may be.
+    """
+    strict = precision == FLOAT32 and not tf32
+    share = CHOICES_SHARE if strict else limits_of(tolerances, precision).rms_percent / 100
+    return most_flips(share * count / FLIPS_GRANTED)
 
 
 def most_flips(expected: float) -> int:
@@ -219,6 +264,8 @@ def laxer(tolerances: Tolerances, truth: np.ndarray) -> tuple[str, ...]:
     def flat(values: dict[str, object], prefix: str = "") -> dict[str, float]:
         found: dict[str, float] = {}
         for name, value in values.items():
+            if isinstance(value, tuple):
+                continue  # of other outputs
             found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: float(str(value))}
         return found
 

@@ -32,6 +32,11 @@ Precision = Literal["float32", "float16", "bfloat16", "int8"]
 Takes = Literal["preprocessed", "raw"]
 """What a file takes: the model's input, or the raw input, and then the preprocessing is inside."""
 Dimension = int | str
+OutputKind = Literal["scores", "values", "choices"]
+"""What an output is made of: class scores along axis 1, whose largest is the prediction; numbers; or whole numbers that
+name something, of which none lies between two others."""
+Arrays = tuple[np.ndarray, ...]
+"""One array for each of a model's inputs, or outputs, in their order."""
 COARSER: dict[Precision, float] = {"float32": 1.0, "float16": 2.0**13, "bfloat16": 2.0**16, "int8": 2.0**16}
 """How much coarser than float32 a rounding is: float16 keeps 10 bits of a significand where float32 keeps 23, bfloat16
 7. A step of int8 is 2^-8 of the largest value, whatever the value."""
@@ -61,6 +66,12 @@ class TensorSpec(Frozen):
     name: str
     dtype: str
     shape: tuple[Dimension, ...]
+
+
+class Output(TensorSpec):
+    """A named output. `kind` is None where its numbers say what it is: `export.bundle.limits.kind_of`."""
+
+    kind: OutputKind | None = None
 
 
 class Preprocessing(Frozen):
@@ -171,6 +182,8 @@ class Tolerances(Frozen):
     int8: Limits = Limits(rms_percent=20.0, top1_loss_points=0.5)
     float32_rms_error: NotNegative
     """RMS error of the logits that float32 torch on the CPU makes against the oracle on the exporting machine."""
+    more_float32_rms_errors: tuple[NotNegative, ...] = ()
+    """The same of every further output; 0 of whole numbers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -206,7 +219,10 @@ class Manifest(Frozen):
     name: str
     source: Source
     input: TensorSpec
-    output: TensorSpec
+    output: Output
+    more_inputs: tuple[TensorSpec, ...] = ()
+    """Beside `input`, which the preprocessing makes: a file takes these as a user has them."""
+    more_outputs: tuple[Output, ...] = ()
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     files: tuple[FileEntry, ...]
@@ -221,19 +237,56 @@ class Manifest(Frozen):
     fingerprint: str
     """SHA-256 over everything that determined this bundle; equal means that exporting again would change nothing."""
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The one batch size that the files take; None where they take any."""
+        batch = self.input.shape[0]
+        return batch if isinstance(batch, int) else None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """All inputs, in the order in which the files take them."""
+        return (self.input, *self.more_inputs)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """All outputs, in the order in which the files give them."""
+        return (self.output, *self.more_outputs)
+
 
 @dataclass(frozen=True)
 class Oracle:
-    """The truth: `logits` float64 [N, classes] of the unfolded model for `raw` [N, …]; `labels` int64 [N] or None."""
+    """The truth: what the unfolded model makes in float64 of some inputs.
+
+    `raw` [N, …] is the first input, as it is before the preprocessing, and `more_raw` the others; `logits` is the first
+    output, float64 [N, …], and `more_outputs` the others, float64 or whole numbers. `labels` are int64 [N] or None.
+    """
 
     raw: np.ndarray
     labels: np.ndarray | None
     logits: np.ndarray
+    more_raw: Arrays = ()
+    more_outputs: Arrays = ()
+
+    @property
+    def inputs(self) -> Arrays:
+        """What the model was asked, all inputs."""
+        return (self.raw, *self.more_raw)
+
+    @property
+    def outputs(self) -> Arrays:
+        """What it answered, all outputs."""
+        return (self.logits, *self.more_outputs)
 
     def first(self, count: int) -> Oracle:
         """That of the first `count` inputs."""
-        labels = None if self.labels is None else self.labels[:count]
-        return Oracle(self.raw[:count], labels, self.logits[:count])
+        return Oracle(
+            self.raw[:count],
+            None if self.labels is None else self.labels[:count],
+            self.logits[:count],
+            tuple(raw[:count] for raw in self.more_raw),
+            tuple(output[:count] for output in self.more_outputs),
+        )
 
 
 def _kind(format: Format, variant: str, folded: bool) -> str:
@@ -334,4 +387,14 @@ class Bundle:
         from safetensors.numpy import load_file
 
         tensors = load_file(self.locate(self.manifest.oracle))
-        return Oracle(tensors["raw"], tensors.get("labels"), tensors["logits"])
+        more_raw = tuple(tensors[f"raw.{spec.name}"] for spec in self.manifest.more_inputs)
+        more_outputs = tuple(tensors[f"output.{spec.name}"] for spec in self.manifest.more_outputs)
+        return Oracle(tensors["raw"], tensors.get("labels"), tensors["logits"], more_raw, more_outputs)
+
+    def output_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of each output for the oracle's inputs, the batch left out. Raises BundleError."""
+        from safetensors import safe_open
+
+        names = ["logits", *(f"output.{spec.name}" for spec in self.manifest.more_outputs)]
+        with safe_open(self.locate(self.manifest.oracle), framework="numpy") as file:
+            return tuple(tuple(file.get_slice(name).get_shape()[1:]) for name in names)

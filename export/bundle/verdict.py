@@ -6,7 +6,8 @@ Owns the comparison with the oracle (float64 logits of the unfolded model); how 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,17 +15,19 @@ from export.bundle.limits import (
     FLIP_ERRORS,
     LEAST_ERROR,
     RmsLimit,
-    are_class_scores,
+    by_class,
     explained_flips,
+    kind_of,
     laxer,
     limits_of,
+    most_choices,
     most_flips,
     rms,
     rms_of_each,
     top1_loss_bound,
     top1_margin,
 )
-from export.bundle.manifest import FLOAT32, Limits, Oracle, Precision, Tolerances
+from export.bundle.manifest import FLOAT32, Arrays, Limits, Oracle, Output, OutputKind, Precision, Tolerances
 
 # From what float64 tells apart to what no logit is off by, four to a power of ten.
 HISTOGRAM_FROM, HISTOGRAM_STEP, HISTOGRAM_RANGES = -9.0, 0.25, 44
@@ -92,6 +95,10 @@ class Verdict:
         precision: the file's, which decides the limits together with what a runtime may do to float32.
         errors: the distribution over the images.
         laxer: in words, each limit that the bundle states and that lets more pass than the project's own; else empty.
+        changed_percent: of an output whose predictions are no list, one for each image: of scores [N, C, …] the share
+            of places where another class is the largest, of whole numbers the share that differs.
+        further: the verdicts on the model's other outputs. `passed` and `failures` are of all of them together, all
+            else is of the first.
     """
 
     passed: bool
@@ -109,22 +116,67 @@ class Verdict:
     precision: str = "float32"
     errors: ErrorHistogram | None = None
     laxer: tuple[str, ...] = ()
+    changed_percent: float | None = None
+    further: tuple[OutputVerdict, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutputVerdict:
+    """The verdict on one of several outputs, by its name."""
+
+    name: str
+    verdict: Verdict
+
+
+def judge_all(
+    outputs: Arrays,
+    oracle: Oracle,
+    specs: Sequence[Output],
+    tolerances: Tolerances,
+    precision: Precision = FLOAT32,
+    *,
+    tf32: bool = False,
+) -> Verdict:
+    """`judge` of each output, which `specs` name, in one verdict."""
+    if len(outputs) != len(specs):
+        wrong = f"{len(outputs)} outputs, the oracle has {len(specs)}"
+        return Verdict(passed=False, failures=(wrong,), images=len(oracle.logits), precision=precision)
+    of_each = [
+        OutputVerdict(spec.name, judge(output, alone, limits, precision, tf32=tf32, kind=spec.kind))
+        for spec, output, (alone, limits) in zip(specs, outputs, _alone(oracle, tolerances), strict=True)
+    ]
+    first = of_each[0].verdict
+    if len(of_each) == 1:
+        return first
+    failures = tuple(f"{each.name}: {failure}" for each in of_each for failure in each.verdict.failures)
+    return replace(first, passed=not failures, failures=failures, further=tuple(of_each[1:]))
 
 
 def judge(
-    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, precision: Precision = FLOAT32, *, tf32: bool = False
+    logits: np.ndarray,
+    oracle: Oracle,
+    tolerances: Tolerances,
+    precision: Precision = FLOAT32,
+    *,
+    tf32: bool = False,
+    kind: OutputKind | None = None,
 ) -> Verdict:
-    """Compare logits with the oracle's, both [N, …] in the same order of images.
+    """Compare the model's first output with the oracle's, both [N, …] in the same order of images.
 
     `precision` is the file's. `tf32`: float32 may be computed in TF32; to the other precisions that is all the same.
+    `kind` is the output's, where somebody said it.
     """
     truth, images = oracle.logits, len(oracle.logits)
+    kind = kind or kind_of(truth)
     more_allowed = laxer(tolerances, truth)
     if logits.shape != truth.shape:
         wrong = f"logits of shape {list(logits.shape)}, the oracle has {list(truth.shape)}"
         return Verdict(passed=False, failures=(wrong,), images=images, precision=precision, laxer=more_allowed)
+    if kind == "choices":
+        verdict = Verdict(passed=True, failures=(), images=images, precision=precision, laxer=more_allowed)
+        return _judge_choices(logits, truth, verdict, most_choices(truth.size, tolerances, precision, tf32=tf32))
 
-    limit = RmsLimit.of(truth, tolerances, precision, tf32=tf32)
+    limit = RmsLimit.of(truth, tolerances, precision, tf32=tf32, kind=kind)
     failures = _not_finite(logits)
     maximum = error = percent = multiple = None
     if not failures:
@@ -135,10 +187,13 @@ def judge(
         if tolerances.float32_rms_error > 0:
             multiple = error / tolerances.float32_rms_error
         failures += _rms_failures(logits, truth, limit.value, limit)
-        failures += _flip_failures(logits, truth, limit, tolerances)
+        if kind == "scores":
+            failures += _flip_failures(by_class(logits), by_class(truth), limit, tolerances)
 
-    flips = top1 = oracle_top1 = test = None
-    if are_class_scores(truth):
+    flips = top1 = oracle_top1 = test = changed = None
+    if kind == "scores" and truth.ndim > 2:
+        changed = 100 * float(np.mean(logits.argmax(1) != truth.argmax(1)))
+    elif kind == "scores":
         predictions, right = logits.argmax(1), truth.argmax(1)
         flips = _flips(predictions, right, oracle)
         if oracle.labels is not None:
@@ -163,6 +218,29 @@ def judge(
         precision=precision,
         errors=_histogram(logits, truth),
         laxer=more_allowed,
+        changed_percent=changed,
+    )
+
+
+def _alone(oracle: Oracle, tolerances: Tolerances) -> list[tuple[Oracle, Tolerances]]:
+    """The oracle of each output by itself, with the error that float32 makes of it. Labels are the first's."""
+    errors = tolerances.more_float32_rms_errors
+    further = [
+        (Oracle(oracle.raw, None, output), tolerances.model_copy(update={"float32_rms_error": error}))
+        for output, error in zip(oracle.more_outputs, errors, strict=True)
+    ]
+    return [(Oracle(oracle.raw, oracle.labels, oracle.logits), tolerances), *further]
+
+
+def _judge_choices(found: np.ndarray, truth: np.ndarray, verdict: Verdict, most: int) -> Verdict:
+    """The verdict on whole numbers of which at most so many may differ."""
+    changed = int((found != truth).sum())
+    words = f"{changed} of {truth.size} whole numbers differ from the oracle's, the limit is {most}"
+    return replace(
+        verdict,
+        passed=changed <= most,
+        failures=(words,) if changed > most else (),
+        changed_percent=100 * changed / max(1, truth.size),
     )
 
 
@@ -171,8 +249,33 @@ def rms_error(logits: np.ndarray, truth: np.ndarray) -> float:
     return rms(logits.astype(np.float64) - truth)
 
 
+def all_at_batch(
+    outputs: Arrays,
+    oracle: Oracle,
+    specs: Sequence[Output],
+    tolerances: Tolerances,
+    precision: Precision = FLOAT32,
+    *,
+    tf32: bool = False,
+) -> str | None:
+    """`at_batch` of each output, which `specs` name: the first that is not right, in words."""
+    if len(outputs) != len(specs):
+        return f"{len(outputs)} outputs, expected {len(specs)}"
+    for spec, output, (alone, limits) in zip(specs, outputs, _alone(oracle, tolerances), strict=True):
+        problem = at_batch(output, alone, limits, precision, tf32=tf32, kind=spec.kind)
+        if problem is not None:
+            return problem if len(specs) == 1 else f"{problem} ({spec.name})"
+    return None
+
+
 def at_batch(
-    logits: np.ndarray, oracle: Oracle, tolerances: Tolerances, precision: Precision = FLOAT32, *, tf32: bool = False
+    logits: np.ndarray,
+    oracle: Oracle,
+    tolerances: Tolerances,
+    precision: Precision = FLOAT32,
+    *,
+    tf32: bool = False,
+    kind: OutputKind | None = None,
 ) -> str | None:
     """Why logits [batch, …] of the oracle's first inputs, computed as one batch, are not right, in words; else None.
 
@@ -184,12 +287,18 @@ def at_batch(
     if not batch or logits.shape[1:] != oracle.logits.shape[1:]:
         expected = [batch or "batch", *oracle.logits.shape[1:]]
         return f"batch {batch}: logits of shape {list(logits.shape)}, expected {expected}"
-    limit = RmsLimit.of(oracle.logits, tolerances, precision, tf32=tf32)
+    kind = kind or kind_of(oracle.logits)
+    if kind == "choices":
+        truth = oracle.logits[np.arange(batch) % images]
+        differing, most = int((logits != truth).sum()), most_choices(truth.size, tolerances, precision, tf32=tf32)
+        return f"batch {batch}: {differing} whole numbers differ, the limit is {most}" if differing > most else None
+    limit = RmsLimit.of(oracle.logits, tolerances, precision, tf32=tf32, kind=kind)
     failures = _not_finite(logits)
     for start in range(0, 0 if failures else batch, images):
         part, truth = logits[start : start + images], oracle.logits[: batch - start]
         failures += _rms_failures(part, truth, limit.on(truth), limit)
-        failures += _flip_failures(part, truth, limit, tolerances)
+        if kind == "scores":
+            failures += _flip_failures(by_class(part), by_class(truth), limit, tolerances)
         if start:
             failures += _repeat_failures(logits[:images], part, oracle.logits, limit)
         if failures:
@@ -197,16 +306,19 @@ def at_batch(
     return f"batch {batch}: {'; '.join(failures)}" if failures else None
 
 
-def departure(few: np.ndarray, logits: np.ndarray, oracle: Oracle) -> str | None:
-    """Why a file that gives `few` for the first inputs of `logits`, at another batch size, is not right, or None.
+def departure(few: Arrays, outputs: Arrays, oracle: Oracle) -> str | None:
+    """Why a file that gives `few` for the first inputs of `outputs`, at another batch size, is not right, or None.
 
     Another kernel may round otherwise, but not by more than the file is off anyway.
     """
-    same = logits[: len(few)]
-    if few.shape != same.shape:
-        return f"its output has shape {list(few.shape)} at another batch size, expected {list(same.shape)}"
-    allowed, apart = rms_error(logits, oracle.logits), rms_error(few, same.astype(np.float64))
-    return None if apart <= allowed else f"another batch size changes its logits by {apart:.2e} (RMS)"
+    for less, output, truth in zip(few, outputs, oracle.outputs, strict=True):
+        same = output[: len(less)]
+        if less.shape != same.shape:
+            return f"its output has shape {list(less.shape)} at another batch size, expected {list(same.shape)}"
+        allowed, apart = rms_error(output, truth), rms_error(less, same.astype(np.float64))
+        if apart > allowed:
+            return f"another batch size changes its logits by {apart:.2e} (RMS)"
+    return None
 
 
 def _flips(predictions: np.ndarray, truth: np.ndarray, oracle: Oracle) -> tuple[Flip, ...]:
@@ -270,9 +382,7 @@ def _rms_failures(logits: np.ndarray, truth: np.ndarray, largest: float, limit: 
 
 
 def _flip_failures(logits: np.ndarray, truth: np.ndarray, limit: RmsLimit, tolerances: Tolerances) -> list[str]:
-    """Flips that the errors don't explain: of too wide a margin, or too many."""
-    if not are_class_scores(truth):
-        return []
+    """Flips of predictions, by scores [n, C], that the errors don't explain: of too wide a margin, or too many."""
     flipped = logits.argmax(1) != truth.argmax(1)
     count = int(flipped.sum())
     if not count:

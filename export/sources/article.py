@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from export.bundle import Preprocessing, Source, TensorSpec, sha256_file
+from export.bundle import Output, Preprocessing, Source, TensorSpec, sha256_file
 from export.sources.material import Calibration, Material, known, require_finite
 from trainer import checkpoint, mnist
 from trainer.errors import UserError
 
 INPUT = TensorSpec(name="image", dtype="float32", shape=("batch", 1, 28, 28))
-OUTPUT = TensorSpec(name="logits", dtype="float32", shape=("batch", 10))
+OUTPUT = Output(name="logits", dtype="float32", shape=("batch", 10))
 RAW = TensorSpec(name="pixels", dtype="uint8", shape=("batch", 28, 28))
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
 CALIBRATION_IMAGES = 500

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.bundle import Preprocessing, Source, TensorSpec
+from export.bundle import Output, Preprocessing, Source, TensorSpec
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Material:
     weights: bytes
     source: Source
     input: TensorSpec
-    output: TensorSpec
+    output: Output
     preprocessing: Preprocessing
     raw: np.ndarray
     labels: np.ndarray | None

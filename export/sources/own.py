@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.bundle import Preprocessing, Source, TensorSpec
+from export.bundle import Output, Preprocessing, Source, TensorSpec
 from export.sources.data import random_inputs, read_calibration, read_data
 from export.sources.making import Declared, make
 from export.sources.material import Material, require_finite
@@ -82,7 +82,7 @@ def load(own: Own, say: Callable[[str], None]) -> Material:
         stored,
         Source(factory=own.model, checkpoint_sha256=hashlib.sha256(stored).hexdigest()),
         input_spec,
-        TensorSpec(name="output", dtype="float32", shape=("batch", *output.shape[1:])),
+        Output(name="output", dtype="float32", shape=("batch", *output.shape[1:])),
         preprocessing,
         raw,
         labels,

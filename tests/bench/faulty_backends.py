@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.backends.contract import Options, Placement, Runnable, Session, Setting
 from bench.backends.onnx import CPU, CpuSession, Onnx, open_session, read_placement
-from export.bundle import Bundle
+from export.bundle import Arrays, Bundle
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class FaultySession:
             raise RuntimeError("no kernel for this operator")
         return self._session.run(prepared)
 
-    def fetch(self, output: Any) -> np.ndarray:
-        logits = self._session.fetch(output)
-        return logits[::-1] if self._fault == "eight" and len(logits) == 8 else logits
+    def fetch(self, output: Any) -> Arrays:
+        (logits,) = self._session.fetch(output)
+        return (logits[::-1] if self._fault == "eight" and len(logits) == 8 else logits,)
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         return self._session.gpu_ns(call)

@@ -49,7 +49,7 @@ def test_throughput(name: str, batch_size: int, bundle: Bundle, benchmark: Bench
     raw = images[np.arange(batch_size) % len(images)]
 
     def end_to_end() -> np.ndarray:
-        return session.fetch(session.run(session.prepare(raw)))
+        return session.fetch(session.run(session.prepare(raw)))[0]
 
     for _ in range(10):  # every shape is searched for and compiled before the clock starts
         end_to_end()

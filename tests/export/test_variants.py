@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from verdicts import judge
 
 from bench.backends.contract import Profile
-from bench.results.parity import judge
 from export import build, checks, oracle, raw_input, variants, writing
 from export.build import ExportRefused
 from export.bundle import (
@@ -26,6 +26,7 @@ from export.bundle import (
     FileEntry,
     LeftOut,
     Oracle,
+    Output,
     Precision,
     Preprocessing,
     Source,
@@ -101,7 +102,7 @@ def material() -> Material:
         b"",
         Source(factory="tests:Small", checkpoint_sha256="0" * 64),
         TensorSpec(name="image", dtype="float32", shape=shape),
-        TensorSpec(name="logits", dtype="float32", shape=("batch", 4)),
+        Output(name="logits", dtype="float32", shape=("batch", 4)),
         preprocessing,
         pixels[judged],
         logits[judged].argmax(1),
@@ -354,9 +355,9 @@ def test_logits_that_are_none() -> None:
     assert failure(truth, judged, TOLERANCES, "int8") is None
     assert "shape" in str(failure(truth[:, :4], judged, TOLERANCES, "int8"))
     assert "NaN" in str(failure(np.where(truth > 0, np.nan, truth), judged, TOLERANCES, "float16"))
-    assert "shape" in str(departure(truth[:3, :2], truth, judged))
-    assert departure(truth[:3], truth + 0.1, judged) is None
-    assert "another batch size" in str(departure(truth[:3] + 0.3, truth + 0.1, judged))
+    assert "shape" in str(departure((truth[:3, :2],), (truth,), judged))
+    assert departure((truth[:3],), (truth + 0.1,), judged) is None
+    assert "another batch size" in str(departure((truth[:3] + 0.3,), (truth + 0.1,), judged))
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])

@@ -154,7 +154,7 @@ def test_a_real_package_computes_the_oracles_logits(with_package: Callable[..., 
     assert not placement.stray
     assert session.settings()["intra_op_threads"] == 1
     for images in (1, 5):
-        logits = session.fetch(session.run(session.prepare(oracle.raw[:images].copy())))
+        logits = session.fetch(session.run(session.prepare(oracle.raw[:images].copy())))[0]
         assert np.abs(logits - oracle.logits[:images]).max() < 10 * bundle.manifest.tolerances.float32_rms_error
     session.close()
 

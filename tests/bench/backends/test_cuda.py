@@ -13,11 +13,11 @@ import pytest
 import torch
 from onnx import helper
 from plans import small_plan
+from verdicts import judge
 
 from bench.backends.contract import Options, Profile
 from bench.backends.registry import BACKENDS, find_backend
 from bench.errors import EXIT_UNAVAILABLE, BenchError
-from bench.results.parity import judge
 from bench.results.schema import Result
 from bench.run.plan import Plan
 from bench.run.rounds import run
@@ -48,7 +48,7 @@ def load(name: str, bundle: Bundle, **options: Any) -> Any:
 def logits_of(session: Any, bundle: Bundle, batch_size: int = 100) -> np.ndarray:
     raw = bundle.oracle().raw
     parts = [raw[start : start + batch_size].copy() for start in range(0, len(raw), batch_size)]
-    return np.concatenate([session.fetch(session.run(session.prepare(part))) for part in parts])
+    return np.concatenate([session.fetch(session.run(session.prepare(part)))[0] for part in parts])
 
 
 @pytest.mark.parametrize("name", ON_GPU)
@@ -72,7 +72,7 @@ def test_a_second_batch_in_the_same_memory_is_computed_anew(name: str, bundle: B
     limit = 20 * bundle.manifest.tolerances.float32_rms_error
     for start in (0, 7, 100, 0):
         raw = oracle.raw[start : start + 7].copy()
-        found = session.fetch(session.run(session.prepare(raw)))
+        found = session.fetch(session.run(session.prepare(raw)))[0]
         assert np.abs(found - oracle.logits[start : start + 7]).max() < limit
     session.close()
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from verdicts import at_batch, judge
 
 from bench.backends.contract import Options, Profile, Session
 from bench.backends.registry import find_backend
-from bench.results.parity import ParityVerdict, at_batch, judge, worst_images
+from bench.results.parity import ParityVerdict, worst_images
 from export.bundle import Bundle, Oracle, Precision, Tolerances
 from export.bundle.limits import TF32_COARSER, spread
 
@@ -152,7 +153,7 @@ def test_the_files_as_exported_pass(backend: str, small_bundle: Path) -> None:
     bundle = Bundle.open(small_bundle)
     oracle = bundle.oracle()
     session: Session = find_backend(backend).load(bundle, Options(threads=1, folded=backend != "torch-cpu"))
-    logits = session.fetch(session.run(session.prepare(oracle.raw.copy())))
+    logits = session.fetch(session.run(session.prepare(oracle.raw.copy())))[0]
     session.close()
     verdict = judge(logits, oracle, bundle.manifest.tolerances, Profile.STRICT)
     assert verdict.passed, verdict.failures

@@ -217,7 +217,7 @@ def opened(path: Path, name: str = "onnx-cpu") -> tuple[Bundle, Session]:
 def bisected(bundle: Bundle, session: Session, options: Options = OPTIONS) -> Bisection:
     """On the images that `bench parity` would choose."""
     oracle = bundle.oracle()
-    logits = session.fetch(session.run(session.prepare(oracle.raw.copy())))
+    logits = session.fetch(session.run(session.prepare(oracle.raw.copy())))[0]
     return bisect(bundle, session, "cpu", options, worst_images(logits, oracle, BISECTED_IMAGES))
 
 
@@ -275,8 +275,8 @@ class Misreading:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def fetch(self, output: Any) -> np.ndarray:
-        return self._session.fetch(output)[:, ::-1]
+    def fetch(self, output: Any) -> tuple[np.ndarray, ...]:
+        return tuple(each[:, ::-1] for each in self._session.fetch(output))
 
 
 def test_a_wrong_output_of_right_nodes_is_the_runtimes(small_bundle: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_life_from_loading_to_closing(start: Start, small_bundle: Path) -> Non
     assert pid is not None
     os.kill(pid, signal.SIGINT)  # as Ctrl-C does to the whole group: what it means, the parent decides
     oracle = Bundle.open(small_bundle).oracle()
-    logits = worker.ask(Evaluate(77), Evaluated).logits
+    (logits,) = worker.ask(Evaluate(77), Evaluated).outputs
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, oracle.logits, atol=1e-4)
 

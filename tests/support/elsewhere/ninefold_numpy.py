@@ -58,8 +58,8 @@ class Evaluated:
         (logits,) = self._evaluator.run(None, {self._name: prepared})
         return np.asarray(logits)
 
-    def fetch(self, output: np.ndarray) -> np.ndarray:
-        return output.astype(np.float32)
+    def fetch(self, output: np.ndarray) -> tuple[np.ndarray, ...]:
+        return (output.astype(np.float32),)
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         return None
