@@ -20,6 +20,7 @@ import numpy as np
 import export
 from export.bundle import (
     MANIFEST_NAME,
+    Arrays,
     Bundle,
     BundleError,
     DataFile,
@@ -34,7 +35,7 @@ from export.bundle import (
     sha256_file,
 )
 from export.bundle.int8 import Int8Layers
-from export.checks import Checked, Checks, float32_error
+from export.checks import Checked, Checks, first, float32_errors
 from export.fold.report import FoldReport, Runtime, Strategy
 from export.variants import File, Plan
 from trainer.errors import EXIT_NEGATIVE, UserError, no_interrupt_lost
@@ -119,51 +120,52 @@ def build(
     from export.fold.batchnorm import any_batch, as_module, export_program
 
     refuse_foreign(target, MANIFEST_NAME)  # here too: nobody should wait for a fold to learn that
-    with truth.Logits64() as oracle_process:
+    with truth.Outputs64() as oracle_process:
         inputs = material.inputs
         calibration = None if material.calibration is None else material.calibration.identity
-        example = torch.from_numpy(material.example)
-        batch = any_batch()
+        examples = tuple(map(torch.from_numpy, material.examples))
+        examples64 = tuple(map(truth.in_float64, examples))
+        batch = any_batch(len(examples))
         say("folding")
-        program = export_program(material.module, (example,), batch)
+        program = export_program(material.module, examples, batch)
         oracle_process.submit(as_module(program), inputs)
         # In float64, so that the fold itself is held to float64's precision; the files get weights rounded once.
         model64 = copy.deepcopy(material.module).double()
-        folded = fold_batchnorm(model64, (example.double(),), dynamic_shapes=batch, strategy=strategy)
+        folded = fold_batchnorm(model64, examples64, dynamic_shapes=batch, strategy=strategy)
         say(_summary(folded.report))
         _require_equal(model64, folded.module, inputs)
         chosen = strategy in ("auto", "all")
-        for_torch = _folded_for_torch(model64, example.double(), folded, strategy) if chosen else folded
+        for_torch = _folded_for_torch(model64, examples64, folded, strategy) if chosen else folded
         if for_torch is not folded:
             say("for torch:\n" + _summary(for_torch.report))
             _require_equal(model64, for_torch.module, inputs)
         ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
-        networks = writing.networks(plan, model64, ways, example.double(), strategy)
+        networks = writing.networks(plan, model64, ways, examples64, strategy)
         for network in networks.values():
             _require_equal(model64, network, inputs)
         if any(file.takes == "raw" for file in plan.files):
             _require_equal_from_raw(model64, networks, material)
         with building(target, MANIFEST_NAME) as folder:
             say(f"writing, and computing the float64 oracle of {len(material.raw)} inputs")
-            onnx_program = export_program(folded.module.float(), (example,), batch)
+            onnx_program = export_program(folded.module.float(), examples, batch)
             torch_program = onnx_program
             if for_torch is not folded:
-                torch_program = export_program(for_torch.module.float(), (example,), batch)
+                torch_program = export_program(for_torch.module.float(), examples, batch)
             entries = _write_files(folder, material, program, onnx_program, torch_program, for_torch.module, say)
             (folder / "checkpoint.safetensors").write_bytes(material.weights)
-            logits = oracle_process.wait()
-            if not np.isfinite(logits).all():
-                raise ExportRefused("The model's float64 logits are not finite (NaN or infinity) for some inputs.")
-            oracle = Oracle(material.raw, material.labels, logits)
-            _write_oracle(folder / "oracle.safetensors", oracle)
+            logits, *more_outputs = oracle_process.wait()
+            if not all(np.isfinite(output).all() for output in (logits, *more_outputs)):
+                raise ExportRefused("The model's float64 outputs are not finite (NaN or infinity) for some inputs.")
+            oracle = Oracle(material.raw, material.labels, logits, material.more_raw, tuple(more_outputs))
+            _write_oracle(folder / "oracle.safetensors", oracle, material)
             say("checking every file with optimisations off")
             (reference,) = (entry for entry in entries if entry.format == "pt2" and not entry.folded)
-            error = float32_error(reference, folder, oracle, inputs)
-            if not np.isfinite(error):
-                raise ExportRefused("The unfolded model's float32 logits are not finite: it overflows.")
+            error, *more_errors = float32_errors(reference, folder, oracle, inputs)
+            if not np.isfinite([error, *more_errors]).all():
+                raise ExportRefused("The unfolded model's float32 outputs are not finite: it overflows.")
             kept: dict[Runtime, int] = {runtime: len(way.report.kept) for runtime, way in ways.items()}
-            tolerances = Tolerances(float32_rms_error=error)
-            checks = Checks(folder, oracle, inputs, kept, tolerances)
+            tolerances = Tolerances(float32_rms_error=error, more_float32_rms_errors=tuple(more_errors))
+            checks = Checks(folder, oracle, inputs, material.outputs, kept, tolerances)
             for entry in entries:
                 if (problem := checks.check(entry).problem) is not None:
                     raise ExportRefused(f"{entry.path} is not right: {problem}.")
@@ -182,6 +184,8 @@ def build(
                 source=material.source,
                 input=material.input,
                 output=material.output,
+                more_inputs=material.more_inputs,
+                more_outputs=material.more_outputs,
                 preprocessing=material.preprocessing,
                 class_names=material.class_names,
                 files=tuple(entries),
@@ -198,12 +202,15 @@ def build(
     return Bundle.open(target)
 
 
-def _folded_for_torch(model64: nn.Module, example64: torch.Tensor, folded: Folded, strategy: Strategy) -> Folded:
+def _folded_for_torch(
+    model64: nn.Module, examples64: tuple[torch.Tensor, ...], folded: Folded, strategy: Strategy
+) -> Folded:
     """The network as `strategy` folds it for torch; `folded` itself where that is the same."""
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import any_batch
 
-    other = fold_batchnorm(model64, (example64,), dynamic_shapes=any_batch(), strategy=strategy, runtime="torch")
+    batch = any_batch(len(examples64))
+    other = fold_batchnorm(model64, examples64, dynamic_shapes=batch, strategy=strategy, runtime="torch")
     return folded if _ways(other.report) == _ways(folded.report) else other
 
 
@@ -221,8 +228,8 @@ def _write_files(
 
     from export.formats import onnx_file, pt2, torchscript
 
-    example = torch.from_numpy(material.example)
-    names = material.input.name, material.output.name
+    examples = tuple(map(torch.from_numpy, material.examples))
+    names = material.names("preprocessed")
     pt2.write(program, folder / "model.unfolded.pt2")
     pt2.write(torch_program, folder / "model.pt2")
     opset = onnx_file.write(onnx_program, folder / "model.onnx", *names, optimize=True)
@@ -241,8 +248,8 @@ def _write_files(
         entry("model.unfolded.pt2", "pt2", False),
     ]
     if torchscript.available():
-        torchscript.write(for_torch, example, folder / "model.ts")
-        torchscript.write(material.module, example, folder / "model.unfolded.ts")
+        torchscript.write(for_torch, examples, folder / "model.ts")
+        torchscript.write(material.module, examples, folder / "model.unfolded.ts")
         entries += [entry("model.ts", "torchscript", True), entry("model.unfolded.ts", "torchscript", False)]
     else:
         say(f"torch {torch.__version__} has no TorchScript any more, so none is written")
@@ -300,16 +307,21 @@ def _worst_layers(ranking: Int8Layers | None) -> str | None:
     )
 
 
-def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: np.ndarray) -> None:
+def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: Arrays) -> None:
     """The folded network against the unfolded one, both float64, on real and random inputs and on borders alone."""
     import torch
 
-    real = torch.from_numpy(inputs[:100]).double()
-    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    border = _border_of(noise, real.dim() - 2)
-    for what, x in (("real", real), ("random", noise), ("border", border)):
+    from export.oracle import in_float64
+
+    real = [in_float64(torch.from_numpy(array)) for array in first(inputs, 100)]
+    generator = torch.Generator().manual_seed(0)
+    noise = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64) if x.is_floating_point() else x for x in real
+    ]
+    border = [_border_of(x, x.dim() - 2) if x.is_floating_point() else x for x in noise]
+    for what, given in (("real", real), ("random", noise), ("border", border)):
         with torch.no_grad():
-            wanted, found = model64(x), folded64(x)
+            wanted, found = model64(*given), folded64(*given)
         _require_exact(found, wanted, f"The folded network differs from the unfolded one on {what} inputs")
 
 
@@ -344,19 +356,29 @@ def _border_of(x: torch.Tensor, spatial: int) -> torch.Tensor:
     return border
 
 
-def _require_exact(found: torch.Tensor, wanted: torch.Tensor, complaint: str) -> None:
-    error = float((found - wanted).abs().max() / wanted.abs().max())
-    if not error <= EXACT:
-        raise ExportRefused(f"{complaint}: off by {error:.1e} (relative, float64).")
+def _require_exact(found: object, wanted: object, complaint: str) -> None:
+    from export.formats.running import tensors_of
+
+    for output, truth in zip(tensors_of(found), tensors_of(wanted), strict=True):
+        if not truth.is_floating_point():  # what names something has no size, and ties may go either way
+            continue
+        error = float((output - truth).abs().max() / truth.abs().max())
+        if not error <= EXACT:
+            raise ExportRefused(f"{complaint}: off by {error:.1e} (relative, float64).")
 
 
-def _write_oracle(path: Path, oracle: Oracle) -> None:
+def _write_oracle(path: Path, oracle: Oracle, material: Material) -> None:
     from safetensors.numpy import save
 
-    tensors = {"raw": np.ascontiguousarray(oracle.raw), "logits": oracle.logits}
+    tensors = {"raw": oracle.raw, "logits": oracle.logits}
     if oracle.labels is not None:
         tensors["labels"] = oracle.labels
-    path.write_bytes(save(tensors))
+    for kind, specs, arrays in (
+        ("raw", material.more_inputs, oracle.more_raw),
+        ("output", material.more_outputs, oracle.more_outputs),
+    ):
+        tensors |= {f"{kind}.{spec.name}": array for spec, array in zip(specs, arrays, strict=True)}
+    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
 
 
 def _data_file(path: Path) -> DataFile:

@@ -7,17 +7,16 @@ Owns how many inputs a file is run on, at which batch sizes, and what it is run 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from export.bundle import CpuVerdict, FileEntry, Oracle, Tolerances
-from export.bundle.verdict import departure, judge, rms_error
+from export.bundle import Arrays, CpuVerdict, FileEntry, Oracle, Output, Tolerances
+from export.bundle.verdict import departure, judge_all, rms_error
 from export.fold.report import Runtime
-from export.oracle import run_in_batches
+from export.formats.running import Run, run_in_batches
 
 CHECK_BATCHES = (500, 7)
 """Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
@@ -36,14 +35,16 @@ class Checked:
 
 @dataclass(frozen=True)
 class Checks:
-    """What the files in a folder are held to: the oracle, whose inputs the model takes as `inputs`, float32 [N, …].
+    """What the files in a folder are held to: the oracle, whose inputs the model takes as `inputs`, [N, …] each, and
+    whose outputs are `outputs`.
 
     `kept` is how many BatchNorms the network has left that is folded for each runtime.
     """
 
     folder: Path
     oracle: Oracle
-    inputs: np.ndarray
+    inputs: Arrays
+    outputs: tuple[Output, ...]
     kept: dict[Runtime, int]
     tolerances: Tolerances
 
@@ -54,19 +55,20 @@ class Checks:
         if problem is not None:
             return Checked(problem)
         run = runner(self.folder, entry)
-        taken = self.oracle.raw if entry.takes == "raw" else self.inputs
-        outputs = run_in_batches(run, taken if entry.precision != "float32" else taken[:CHECK_INPUTS], whole)
+        taken = self.oracle.inputs if entry.takes == "raw" else self.inputs
+        strict = entry.precision == "float32"
+        outputs = run_in_batches(run, first(taken, CHECK_INPUTS) if strict else taken, whole)
         problem = self._failure(outputs, entry)
         if problem is None:
-            few = run_in_batches(run, taken[: 3 * odd], odd)
-            strict = entry.precision == "float32"
-            problem = self._failure(few, entry) if strict else departure((few,), (outputs,), self.oracle)
-        cpus = self._cpus(entry, taken, outputs) if problem is None and entry.precision == "int8" else ()
+            few = run_in_batches(run, first(taken, 3 * odd), odd)
+            problem = self._failure(few, entry) if strict else departure(few, outputs, self.oracle)
+        cpus = self._cpus(entry, taken[0], outputs[0]) if problem is None and entry.precision == "int8" else ()
         broken = [f"on a CPU of the kind {each.cpu} {'; '.join(each.failures)}" for each in cpus if each.failures]
         return Checked(problem or "; ".join(broken) or None, cpus)
 
-    def _failure(self, outputs: np.ndarray, entry: FileEntry) -> str | None:
-        verdict = judge(outputs, self.oracle.first(len(outputs)), self.tolerances, entry.precision)
+    def _failure(self, outputs: Arrays, entry: FileEntry) -> str | None:
+        truth = self.oracle.first(len(outputs[0]))
+        verdict = judge_all(outputs, truth, self.outputs, self.tolerances, entry.precision)
         return None if verdict.passed else "; ".join(verdict.failures)
 
     def _unfolded(self, entry: FileEntry) -> str | None:
@@ -89,17 +91,26 @@ class Checks:
         return tuple(cpus.verdict(kind, there, self.oracle, self.tolerances) for kind, there in found)
 
 
-def float32_error(reference: FileEntry, folder: Path, oracle: Oracle, inputs: np.ndarray) -> float:
-    """The RMS error of a float32 file on the oracle's inputs, the unit of all others; infinite where it overflows."""
-    return rms_error(run_in_batches(runner(folder, reference), inputs, CHECK_BATCHES[0]), oracle.logits)
+def first(arrays: Arrays, count: int) -> Arrays:
+    """The first `count` of each."""
+    return tuple(array[:count] for array in arrays)
 
 
-def runner(folder: Path, entry: FileEntry) -> Callable[[np.ndarray], np.ndarray]:
+def float32_errors(reference: FileEntry, folder: Path, oracle: Oracle, inputs: Arrays) -> tuple[float, ...]:
+    """The RMS error of each output of a float32 file on the oracle's inputs, the unit of all others; infinite where it
+    overflows, and 0 of whole numbers.
+    """
+    found = run_in_batches(runner(folder, reference), inputs, CHECK_BATCHES[0])
+    pairs = zip(found, oracle.outputs, strict=True)
+    return tuple(rms_error(output, truth) if truth.dtype.kind == "f" else 0.0 for output, truth in pairs)
+
+
+def runner(folder: Path, entry: FileEntry) -> Run:
     """The file as a function. int8 runs as it will be run: without its optimisations onnxruntime computes in float32,
     and would never see what an int8 kernel gets wrong.
     """
     optimised = {"optimised": True} if entry.format == "onnx" and entry.precision == "int8" else {}
-    run: Callable[[np.ndarray], np.ndarray] = _module(entry).runner(folder / entry.path, **optimised)
+    run: Run = _module(entry).runner(folder / entry.path, **optimised)
     return run
 
 

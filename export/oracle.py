@@ -1,4 +1,4 @@
-"""The truth: float64 logits of the unfolded model.
+"""The truth: float64 outputs of the unfolded model.
 
 Owns the oracle's numbers. Knows no file format.
 """
@@ -8,27 +8,32 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Self
 
-import numpy as np
 import torch
 from torch import fx, nn
+
+from export.bundle import Arrays
+from export.formats.running import as_function, run_in_batches
 
 CHUNK = 50
 """Images at a time: 1,000 took 0.52 s in chunks of 50, 0.70 s of 250, 0.85 s at once (float64, two cores)."""
 
 
-def logits64(model64: nn.Module, inputs: np.ndarray) -> np.ndarray:
-    """float64 logits [N, classes] of a float64 model for float32 model inputs [N, …]."""
-    with torch.no_grad():
-        parts = [model64(torch.from_numpy(inputs[i : i + CHUNK]).double()) for i in range(0, len(inputs), CHUNK)]
-    return torch.cat(parts).numpy()
+def outputs64(model64: nn.Module, inputs: Arrays, chunk: int = CHUNK) -> Arrays:
+    """Every output [N, …] of a float64 model for its inputs [N, …], of which floats are given in float64."""
+    run = as_function(lambda *batch: model64(*map(in_float64, batch)))
+    return run_in_batches(run, inputs, chunk)
 
 
-class Logits64:
-    """`logits64` in a process of its own, so that exporting goes on meanwhile.
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats in float64; other numbers as they are."""
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+class Outputs64:
+    """`outputs64` in a process of its own, so that exporting goes on meanwhile.
 
     A process and not a thread, since tracing a graph changes how modules are called in all threads. It starts when this
     object is made, and imports what it needs while there is nothing to compute yet.
@@ -49,19 +54,19 @@ class Logits64:
         self._process.join()
         self._pipe.close()
 
-    def submit(self, module: fx.GraphModule, inputs: np.ndarray) -> None:
-        """Start computing, for a float32 module and its float32 inputs [N, …]."""
+    def submit(self, module: fx.GraphModule, inputs: Arrays) -> None:
+        """Start computing, for a float32 module and its inputs [N, …]."""
         self._pipe.send((pickle.dumps(module), inputs))
 
-    def wait(self) -> np.ndarray:
-        """The float64 logits [N, classes]. Raises RuntimeError where the process failed."""
+    def wait(self) -> Arrays:
+        """Every output, float64 [N, …]. Raises RuntimeError where the process failed."""
         try:
-            logits = self._pipe.recv()
+            outputs = self._pipe.recv()
         except EOFError:
             self._process.join()
             raise RuntimeError(f"the process that computed the oracle ended with {self._process.exitcode}") from None
-        assert isinstance(logits, np.ndarray)
-        return logits
+        assert isinstance(outputs, tuple)
+        return outputs
 
 
 def _compute(pipe: Connection) -> None:
@@ -69,9 +74,4 @@ def _compute(pipe: Connection) -> None:
     # The parent needs a core: two pools that wait for each other's threads by spinning took three times as long.
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     module, inputs = pipe.recv()
-    pipe.send(logits64(pickle.loads(module).double(), inputs))
-
-
-def run_in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, batch: int) -> np.ndarray:
-    """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller."""
-    return np.concatenate([run(inputs[i : i + batch]) for i in range(0, len(inputs), batch)])
+    pipe.send(outputs64(pickle.loads(module).double(), inputs))

@@ -13,6 +13,8 @@ themselves. In float32, with onnxruntime and with OpenVINO, all forms came withi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -39,18 +41,16 @@ class FromRaw(nn.Module):
         self.register_buffer("factor", torch.from_numpy(preprocessing.scale / std).to(dtype))
         self.register_buffer("offset", torch.from_numpy(mean / std).to(dtype))
 
-    def forward(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw [N, …] of any dtype → the model's output."""
+    def forward(self, raw: torch.Tensor) -> Any:
+        """Raw [N, …] of any dtype → what the model returns."""
         x = raw.reshape(raw.shape[0], *self.sizes).to(self.dtype)
-        output: torch.Tensor = self.model(x * self.factor - self.offset)
-        return output
+        return self.model(x * self.factor - self.offset)
 
 
-def reference(model64: nn.Module, preprocessing: Preprocessing, input: TensorSpec, raw: torch.Tensor) -> torch.Tensor:
+def reference(model64: nn.Module, preprocessing: Preprocessing, input: TensorSpec, raw: torch.Tensor) -> Any:
     """What a float64 model makes of raw inputs, by the preprocessing's own expression in float64."""
     sizes = tuple(int(size) for size in input.shape[1:])
     axis = (1, -1, *[1] * (len(sizes) - 1))
     mean = torch.tensor(preprocessing.mean, dtype=torch.float64).reshape(axis)
     std = torch.tensor(preprocessing.std, dtype=torch.float64).reshape(axis)
-    output: torch.Tensor = model64((raw.reshape(len(raw), *sizes).double() * preprocessing.scale - mean) / std)
-    return output
+    return model64((raw.reshape(len(raw), *sizes).double() * preprocessing.scale - mean) / std)

@@ -40,7 +40,11 @@ FEW = 50
 
 
 def networks(
-    plan: Plan, model64: nn.Module, folded: Mapping[Runtime, Folded], example64: torch.Tensor, strategy: Strategy
+    plan: Plan,
+    model64: nn.Module,
+    folded: Mapping[Runtime, Folded],
+    examples64: tuple[torch.Tensor, ...],
+    strategy: Strategy,
 ) -> Networks:
     """What the plan's files are made from; it shares nothing with `folded`, the float32 network of each runtime."""
     kinds = {file.kind for file in plan.files}
@@ -48,11 +52,13 @@ def networks(
         runtime: copy.deepcopy(way.module) for runtime, way in folded.items() if runtime in kinds
     }
     if "int8" in kinds:
-        made["int8"] = _for_int8(model64, folded["onnxruntime"], example64, strategy)
+        made["int8"] = _for_int8(model64, folded["onnxruntime"], examples64, strategy)
     return made
 
 
-def _for_int8(model64: nn.Module, folded: Folded, example64: torch.Tensor, strategy: Strategy) -> nn.Module:
+def _for_int8(
+    model64: nn.Module, folded: Folded, examples64: tuple[torch.Tensor, ...], strategy: Strategy
+) -> nn.Module:
     """The network as int8 runs it fastest: activations before pooling, and channels of ones where `auto` may choose.
 
     A ReLU that follows a layer directly is part of that layer's quantisation, and pooling after it works on int8; after
@@ -61,7 +67,8 @@ def _for_int8(model64: nn.Module, folded: Folded, example64: torch.Tensor, strat
     3.10 with a bias map and ReLU after pooling.
     """
     if strategy in ("auto", "all"):
-        with_ones = fold_batchnorm(model64, (example64,), dynamic_shapes=any_batch(), strategy="ones")
+        batch = any_batch(len(examples64))
+        with_ones = fold_batchnorm(model64, examples64, dynamic_shapes=batch, strategy="ones")
         if len(with_ones.report.kept) <= len(folded.report.kept):
             return _activations_first(with_ones.module)
     return _activations_first(copy.deepcopy(folded.module))
@@ -86,18 +93,28 @@ def _activations_first(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def _narrow(network64: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network in a narrower floating-point type, float32 at both ends."""
+    """The network in a narrower floating-point type, float32 at all its ends."""
+    narrow = copy.deepcopy(network64).to(dtype)
+    assert isinstance(narrow, torch.fx.GraphModule), "as folding makes them"
+    graph = narrow.graph
+    (result,) = graph.find_nodes(op="output")
+    given = [node for node in graph.find_nodes(op="placeholder") if _is_float(node)]
+    made = [node for node in result.all_input_nodes if _is_float(node)]
+    for node in given:
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            inside = graph.call_method("to", (node, dtype))
+        node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
+    for node in made:
+        with graph.inserting_before(result):
+            outside = graph.call_method("to", (node, torch.float32))
+        result.replace_input_with(node, outside)
+    narrow.recompile()
+    return narrow.eval()
 
-    class Narrow(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = copy.deepcopy(network64).to(dtype)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = self.inner(x.to(dtype)).float()
-            return output
-
-    return Narrow().eval()
+def _is_float(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,6 @@ class Writer:
         self._max_drop = max_drop
         self._made_from, self._material, self._folder = made_from, material, folder
         self._programs: dict[tuple[Kind, str], torch.export.ExportedProgram] = {}
-        self._names = {"raw": material.preprocessing.raw.name, "preprocessed": material.input.name}
         self._int8: dict[str, tuple[Path, Int8Layers, int]] = {}
 
     def __enter__(self) -> Self:
@@ -137,7 +153,7 @@ class Writer:
     def write(self, file: File) -> Written:
         """Write one file; raises whatever its format's writer does."""
         path, program = self._folder / file.name, self._program(file)
-        ends = self._names[file.takes], self._material.output.name
+        ends = self._material.names(file.takes)
         if file.precision == "int8":
             return self._write_int8(file, program, path, ends)
         if file.format == "onnx":
@@ -155,7 +171,7 @@ class Writer:
         return self._programs[made]
 
     def _write_int8(
-        self, file: File, program: torch.export.ExportedProgram, path: Path, ends: tuple[str, str]
+        self, file: File, program: torch.export.ExportedProgram, path: Path, ends: tuple[list[str], list[str]]
     ) -> Written:
         quantised, layers, opset = self._quantised(file, program, ends)
         if file.format == "onnx":
@@ -165,7 +181,7 @@ class Writer:
         return Written(None, layers)
 
     def _quantised(
-        self, file: File, program: torch.export.ExportedProgram, ends: tuple[str, str]
+        self, file: File, program: torch.export.ExportedProgram, ends: tuple[list[str], list[str]]
     ) -> tuple[Path, Int8Layers, int]:
         """The int8 ONNX file of a variant, where its error comes from, and its opset; made once."""
         if file.variant not in self._int8:
@@ -185,11 +201,11 @@ def _program(file: File, network64: nn.Module, material: Material) -> torch.expo
     """The program that the file is made from; that of an int8 file is in float32."""
     narrower = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(file.precision)
     network = copy.deepcopy(network64).float() if narrower is None else _narrow(network64, narrower)
-    example = torch.from_numpy(material.example)
+    examples = tuple(map(torch.from_numpy, material.examples))
     if file.takes == "raw":
         network = FromRaw(network, material.preprocessing, material.input, torch.float32)
-        example = torch.from_numpy(material.raw[:2].copy())
-    return export_program(network.eval(), (example,), any_batch())
+        examples = (torch.from_numpy(material.raw[:2].copy()),)
+    return export_program(network.eval(), examples, any_batch(len(examples)))
 
 
 def _calibration_inputs(file: File, material: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

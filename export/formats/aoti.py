@@ -6,13 +6,12 @@ graph left in which BatchNorms could be counted, and no optimisation that could 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
+from export.formats.running import Run, as_function
 from trainer.errors import EXIT_UNAVAILABLE, UserError
 
 Device = Literal["cpu", "cuda"]
@@ -48,15 +47,9 @@ def write(program: torch.export.ExportedProgram, path: Path, device: Device) -> 
         aoti_compile_and_package(program, package_path=str(path), inductor_configs={"cpp.dynamic_threads": True})
 
 
-def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function, batch → float32 logits, on the device that it was compiled for."""
+def runner(path: Path) -> Run:
+    """The file as a function, inputs → outputs, on the device that it was compiled for."""
     from torch._inductor import aoti_load_package
 
     model = aoti_load_package(str(path))
-    device = model.loader.get_metadata().get("AOTI_DEVICE_KEY", "cpu")
-
-    def run(batch: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return np.asarray(model(torch.from_numpy(batch).to(device)).cpu().numpy())
-
-    return run
+    return as_function(model, model.loader.get_metadata().get("AOTI_DEVICE_KEY", "cpu"))

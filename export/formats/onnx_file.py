@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,19 @@ import onnx
 import torch
 
 from export.formats.onnx_session import open_session
+from export.formats.running import Run
 
 OPSET = 20
 """Has GELU as one node; every onnxruntime from 1.17 on runs it."""
 
 
 def write(
-    program: torch.export.ExportedProgram, path: Path, input_name: str, output_name: str, *, optimize: bool
+    program: torch.export.ExportedProgram,
+    path: Path,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    *,
+    optimize: bool,
 ) -> int:
     """Write the program to `path`; returns the opset. `optimize=False` keeps BatchNorms that torch would fold itself.
 
@@ -38,8 +44,8 @@ def write(
             optimize=optimize,
             opset_version=OPSET,
             external_data=False,
-            input_names=[input_name],
-            output_names=[output_name],
+            input_names=list(input_names),
+            output_names=list(output_names),
             verbose=False,
         )
     assert exported is not None
@@ -62,16 +68,14 @@ def batchnorms(path: Path) -> int:
     return count(model.graph.node) + sum(count(function.node) for function in model.functions)
 
 
-def runner(
-    path: Path, *, optimised: bool = False, entries: Mapping[str, str] | None = None
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function, batch → float32 logits, on the CPU with every graph optimisation off, or all of them.
+def runner(path: Path, *, optimised: bool = False, entries: Mapping[str, str] | None = None) -> Run:
+    """The file as a function, inputs → outputs, on the CPU with every graph optimisation off, or all of them.
 
     `entries` go to the session's configuration.
     """
     session = open_session(str(path), optimised=optimised, entries=entries)
-    (name,) = (argument.name for argument in session.get_inputs())
-    return lambda batch: np.asarray(session.run(None, {name: batch})[0])
+    names = [argument.name for argument in session.get_inputs()]
+    return lambda *batch: tuple(map(np.asarray, session.run(None, dict(zip(names, batch, strict=True)))))
 
 
 @contextlib.contextmanager

@@ -6,11 +6,12 @@ Owns writing and running such files, and what their weights can do. Knows nothin
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from export.bundle import Arrays
+from export.formats.running import Run
 from export.int8.pairs import can_saturate, worst_pairs
 
 
@@ -62,9 +63,14 @@ def saturating(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function, batch → float32 logits, on the CPU; what is not int8 is computed in float32."""
+def runner(path: Path) -> Run:
+    """The file as a function, inputs → outputs, on the CPU; what is not int8 is computed in float32."""
     import openvino
 
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda batch: np.asarray(compiled(batch)[0])
+
+    def run(*batch: np.ndarray) -> Arrays:
+        made = compiled(list(batch))
+        return tuple(np.array(made[place]) for place in range(len(compiled.outputs)))
+
+    return run

@@ -6,11 +6,11 @@ Owns writing and running `.pt2` files. Knows nothing of folding.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
+
+from export.formats.running import Run, as_function
 
 
 def write(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -24,15 +24,9 @@ def batchnorms(path: Path) -> int:
     return sum(node.target is torch.ops.aten.batch_norm.default for node in graph.nodes)
 
 
-def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function, float32 batch → float32 logits, run eagerly on the CPU."""
-    module = _load(path).module()
-
-    def run(batch: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return np.asarray(module(torch.from_numpy(batch)).numpy())
-
-    return run
+def runner(path: Path) -> Run:
+    """The file as a function, inputs → outputs, run eagerly on the CPU."""
+    return as_function(_load(path).module())
 
 
 def _load(path: Path) -> torch.export.ExportedProgram:

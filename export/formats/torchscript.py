@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import fx, nn
+
+from export.bundle import Arrays
+from export.formats.running import Run, as_function
 
 aten = torch.ops.aten
 
@@ -23,8 +26,9 @@ def available() -> bool:
     return hasattr(torch.jit, "trace") and hasattr(torch.jit, "load")
 
 
-def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
-    """Trace `module` on `example` [batch, …] and save it. Nothing is frozen or folded by TorchScript itself.
+def write(module: nn.Module, examples: tuple[torch.Tensor, ...], path: Path) -> None:
+    """Trace `module` on `examples` of its inputs, [batch, …], and save it. Nothing is frozen or folded by TorchScript
+    itself.
 
     A trace fixes for good whether a convolution may use TF32 on a GPU, from what the process allows at that moment, and
     torch allows it by default. Here it may not: the file is float32, wherever it runs.
@@ -33,7 +37,8 @@ def write(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad(), _without_tf32():
         _ignore_deprecation()
         warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
-        torch.jit.trace(traced_from, example, check_trace=False).save(str(path))  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(traced_from, examples, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+        traced.save(str(path))
 
 
 def batchnorms(path: Path) -> int:
@@ -41,13 +46,13 @@ def batchnorms(path: Path) -> int:
     return str(_load(path).inlined_graph).count("aten::batch_norm(")
 
 
-def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The file as a function, float32 batch → float32 logits, on the CPU with the optimising executor off."""
-    module = _load(path)
+def runner(path: Path) -> Run:
+    """The file as a function, inputs → outputs, on the CPU with the optimising executor off."""
+    run_optimised = as_function(_load(path))
 
-    def run(batch: np.ndarray) -> np.ndarray:
-        with torch.no_grad(), torch.jit._fuser.optimized_execution(False):
-            return np.asarray(module(torch.from_numpy(batch)).numpy())
+    def run(*batch: np.ndarray) -> Arrays:
+        with torch.jit._fuser.optimized_execution(False):
+            return run_optimised(*batch)
 
     return run
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,13 @@ from export.bundle import Oracle, Tolerances
 from export.bundle.int8 import CPU_KINDS, CpuKind, CpuVerdict, Proof
 from export.bundle.verdict import judge
 from export.formats import onnx_file, openvino_file
+from export.formats.running import Run, run_in_batches
 from export.int8.layers import integer_layers, optimised
 from export.int8.saturating import NotEmulated, SaturatingFile
-from export.oracle import run_in_batches
 
 SATURATES: CpuKind = "avx2"
 EMULATED_INPUTS = 1_000
 BATCH = 100
-Run = Callable[[np.ndarray], np.ndarray]
 
 
 @functools.cache  # it asks the system for a second
@@ -53,7 +52,7 @@ def of_onnx(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[tupl
     """What an ONNX file comes to on each kind of CPU; `outputs` are this machine's for the inputs `taken`."""
     here = kind_here()
     names = tuple(layer.name for layer in integer_layers(optimised(path)) if layer.saturating.any())
-    exact = run_in_batches(unsaturated(path), taken, BATCH) if names and here == SATURATES else None
+    exact = run_in_batches(unsaturated(path), (taken,), BATCH)[0] if names and here == SATURATES else None
     for kind in CPU_KINDS:
         if kind == here:
             yield kind, Elsewhere("run", outputs)
@@ -84,7 +83,7 @@ def of_openvino(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[
 
 def _emulated(path: Path, taken: np.ndarray, names: tuple[str, ...]) -> Elsewhere:
     try:
-        return Elsewhere("emulated", run_in_batches(SaturatingFile(path), taken[:EMULATED_INPUTS], BATCH), names)
+        return Elsewhere("emulated", run_in_batches(SaturatingFile(path), (taken[:EMULATED_INPUTS],), BATCH)[0], names)
     except NotEmulated:
         return Elsewhere("not proved", None, names)
 

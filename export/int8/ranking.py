@@ -17,8 +17,8 @@ from export.bundle import Int8Layer, Int8Layers
 from export.bundle.limits import are_class_scores, rms, spread
 from export.formats import onnx_file
 from export.formats.onnx_int8 import Quantiser
+from export.formats.running import run_in_batches
 from export.int8.layers import multiply_adds
-from export.oracle import run_in_batches
 
 BATCH = 20
 SECONDS = 2.0
@@ -120,4 +120,5 @@ class Look:
 
 
 def _outputs(file: Path, inputs: np.ndarray) -> np.ndarray:
-    return run_in_batches(onnx_file.runner(file, optimised=True), inputs, BATCH)
+    (outputs,) = run_in_batches(onnx_file.runner(file, optimised=True), (inputs,), BATCH)
+    return outputs

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from export.bundle import Arrays
 from export.formats.onnx_session import open_session
 from export.int8.layers import IntegerLayer, attribute, integer_layers, optimised
 from export.int8.pairs import as_pairs, excess
@@ -47,7 +48,7 @@ class SaturatingFile:
         self._steps = [self._step(model, node, layers.get(node.output[0])) for node in model.graph.node]
         self._uses = Counter(name for node in model.graph.node for name in node.input)
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: np.ndarray) -> Arrays:
         values: Values = {self._input: batch}
         left = Counter(self._uses)
         for inputs, outputs, run in self._steps:
@@ -56,7 +57,7 @@ class SaturatingFile:
                 left[name] -= 1
                 if not left[name] and name != self._output:
                     values.pop(name, None)
-        return values[self._output]
+        return (values[self._output],)
 
     def _step(
         self, model: onnx.ModelProto, node: onnx.NodeProto, layer: IntegerLayer | None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.bundle import Output, Preprocessing, Source, TensorSpec
+from export.bundle import Arrays, Output, Preprocessing, Source, Takes, TensorSpec
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class Calibration:
 class Material:
     """What a bundle is made from: the trained `module` (float32, eval mode) and the inputs to hold it to.
 
-    `raw` is an array [N, …] as a user has it, `labels` int64 [N] or None. `weights` are the bytes of the safetensors
-    file that the bundle keeps.
+    `raw` is an array [N, …] as a user has it, of the first input, and `more_raw` those of further inputs; `labels` are
+    int64 [N] or None. `weights` are the bytes of the safetensors file that the bundle keeps.
     """
 
     module: nn.Module
@@ -48,16 +48,30 @@ class Material:
     labels: np.ndarray | None
     class_names: tuple[str, ...] | None
     calibration: Calibration | None = None
+    more_inputs: tuple[TensorSpec, ...] = ()
+    more_outputs: tuple[Output, ...] = ()
+    more_raw: Arrays = ()
 
     @property
-    def example(self) -> np.ndarray:
+    def examples(self) -> Arrays:
         """The first two of `inputs`: as few as an export with a symbolic batch takes."""
-        return self.preprocessing.apply(self.raw[:2], self.input.shape)
+        first = self.preprocessing.apply(self.raw[:2], self.input.shape)
+        return (first, *(array[:2] for array in self.more_raw))
 
     @property
-    def inputs(self) -> np.ndarray:
-        """Model inputs, float32 [N, *input.shape[1:]]."""
-        return self.preprocessing.apply(self.raw, self.input.shape)
+    def inputs(self) -> Arrays:
+        """Every input of the model: float32 [N, *input.shape[1:]], and the others as they are."""
+        return (self.preprocessing.apply(self.raw, self.input.shape), *self.more_raw)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """Every output, in the order in which the model gives them."""
+        return (self.output, *self.more_outputs)
+
+    def names(self, takes: Takes) -> tuple[list[str], list[str]]:
+        """What the inputs and the outputs are called in a file that takes the first input so."""
+        taken = self.preprocessing.raw if takes == "raw" else self.input
+        return [spec.name for spec in (taken, *self.more_inputs)], [spec.name for spec in self.outputs]
 
 
 def require_finite(tensors: dict[str, torch.Tensor], what: str) -> None:

@@ -36,9 +36,9 @@ from export.bundle.limits import rms, spread
 from export.fold import fold_batchnorm
 from export.fold.batchnorm import any_batch, export_program
 from export.formats import onnx_file, onnx_int8, openvino_file
+from export.formats.running import run_in_batches
 from export.int8.cpus import kind_here
 from export.int8.saturating import SaturatingFile
-from export.oracle import run_in_batches
 from export.writing import _activations_first
 from trainer import mnist
 from trainer.provenance import cpu_name
@@ -85,12 +85,12 @@ def article(folder: Path) -> Network:
     from export.sources import article as source
 
     material = source.load(bundle.path / "checkpoint.safetensors", manifest.source, ROOT / "data", calibrated=True)
-    example = torch.from_numpy(material.example)
+    example = torch.from_numpy(material.examples[0])
     model64 = material.module.double()
     folded = fold_batchnorm(model64, (example.double(),), dynamic_shapes=any_batch())
     network = writing._for_int8(model64, folded, example.double(), "auto").float()
     path = folder / "article.onnx"
-    onnx_file.write(export_program(network, (example,), any_batch()), path, "image", "logits", optimize=True)
+    onnx_file.write(export_program(network, (example,), any_batch()), path, ["image"], ["logits"], optimize=True)
     assert material.calibration is not None
     ranges = material.preprocessing.apply(material.calibration.raw[:400], material.input.shape)
     return Network(path, ranges, material.inputs, oracle.logits, oracle.labels)
@@ -123,7 +123,7 @@ def large(name: str, folder: Path) -> Network:
         truth = torch.cat([module(part.double()) for part in x[CALIBRATED:].split(50)]).numpy()
     path = folder / f"{name}.onnx"
     network = _activations_first(folded.module).float()
-    onnx_file.write(export_program(network, (example,), any_batch()), path, "image", "logits", optimize=True)
+    onnx_file.write(export_program(network, (example,), any_batch()), path, ["image"], ["logits"], optimize=True)
     return Network(path, x[:CALIBRATED].numpy(), x[CALIBRATED:].numpy(), truth, None)
 
 
@@ -187,10 +187,10 @@ def elsewhere(
 
 def of_onnx(file: Path, network: Network, folder: Path, emulated_images: int) -> dict[str, Any]:
     """An ONNX file here, emulated, and in onnxruntime on an emulated CPU with AVX2 alone."""
-    here = run_in_batches(onnx_file.runner(file, optimised=True), network.inputs, 20)
+    here = run_in_batches(onnx_file.runner(file, optimised=True), (network.inputs,), 20)[0]
     found: dict[str, Any] = {"here": judged(here, network)}
     few = network.inputs[:emulated_images]
-    there = run_in_batches(SaturatingFile(file), few, 20)
+    there = run_in_batches(SaturatingFile(file), (few,), 20)[0]
     found["without_vnni_emulated"] = judged(there, network)
     if shutil.which(QEMU):
         real = elsewhere(ORT, file, few, folder, before=[QEMU, "-cpu", "Haswell"])
@@ -270,7 +270,7 @@ def measured(network: Network, folder: Path, emulated_images: int, batch_sizes: 
     for name, ways in (("U8U8", {"unsigned_weights": True}), ("reduced range", {"reduce_range": True})):
         by_onnxruntime(network, other := folder / "other.onnx", **ways)
         found[f"onnxruntime's own, {name}"] = {
-            "here": judged(run_in_batches(onnx_file.runner(other, optimised=True), network.inputs, 20), network),
+            "here": judged(run_in_batches(onnx_file.runner(other, optimised=True), (network.inputs,), 20)[0], network),
             "images/s over ninefold's": {
                 str(size): speed(session(other, x), session(ours, x)) for size, x in sizes.items()
             },

@@ -17,7 +17,7 @@ from torch import nn
 from verdicts import judge
 
 from bench.backends.contract import Profile
-from export import build, checks, oracle, raw_input, variants, writing
+from export import build, checks, raw_input, variants, writing
 from export.build import ExportRefused
 from export.bundle import (
     COARSER,
@@ -40,6 +40,7 @@ from export.checks import Checks
 from export.cli import _end_without
 from export.fold import fold_batchnorm
 from export.formats import aoti, openvino_file
+from export.formats.running import run_in_batches
 from export.sources import article, data
 from export.sources.material import Calibration, Material
 from export.variants import File, Plan
@@ -128,7 +129,8 @@ def edges() -> np.ndarray:
 def outputs(bundle: Bundle, entry: FileEntry, raw: np.ndarray) -> np.ndarray:
     manifest = bundle.manifest
     taken = raw if entry.takes == "raw" else manifest.preprocessing.apply(raw, manifest.input.shape)
-    return oracle.run_in_batches(checks.runner(bundle.path, entry), taken, 100)
+    (outputs,) = run_in_batches(checks.runner(bundle.path, entry), (taken,), 100)
+    return outputs
 
 
 # -- what is made ----------------------------------------------------------------------------------------------------
@@ -382,7 +384,7 @@ def test_a_file_of_another_network_is_not_right(
         pytest.skip(str(openvino_file.missing()))
     folder = Path(shutil.copytree(bundle.path, tmp_path / "copy"))
     kept = {"onnxruntime": 0, "torch": 0}
-    held_to = Checks(folder, bundle.oracle(), material.inputs, kept, bundle.manifest.tolerances)  # type: ignore[arg-type]
+    held_to = Checks(folder, bundle.oracle(), material.inputs, material.outputs, kept, bundle.manifest.tolerances)  # type: ignore[arg-type]
     (entry,) = (entry for entry in bundle.manifest.files if entry.path == victim)
     assert held_to.check(entry).problem is None
     _spoil(folder / victim)

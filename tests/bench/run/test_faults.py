@@ -132,7 +132,7 @@ def overflow_in_float16(graph: onnx.GraphProto, weights: Weights) -> None:
 
 def forget_eval(path: Path) -> None:
     """The trained network traced as it stood at the end of an epoch: batch statistics, and dropout."""
-    torchscript.write(trained(path.parent).train(), torch.zeros(2, 1, 28, 28), path)
+    torchscript.write(trained(path.parent).train(), (torch.zeros(2, 1, 28, 28),), path)
 
 
 def normalise_otherwise(manifest: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def file(path: Path, largest: int) -> Path:
 
 def proofs(path: Path, here: str | None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(cpus, "kind_here", lambda: here)
-    outputs = runner(path, optimised=True)(TAKEN)
+    (outputs,) = runner(path, optimised=True)(TAKEN)
     of = cpus.of_onnx if path.suffix == ".onnx" else cpus.of_openvino
     return {kind: found.proof for kind, found in of(path, TAKEN, outputs)}
 
@@ -58,7 +58,7 @@ def test_a_file_that_saturates_is_wrong_there_and_right_here(tmp_path: Path, mon
     monkeypatch.setattr(cpus, "kind_here", lambda: "vnni")
     path = file(tmp_path / "m.onnx", 127)
     # What integers that don't overflow come to, whatever this machine's do.
-    outputs = cpus.unsaturated(path)(TAKEN)
+    (outputs,) = cpus.unsaturated(path)(TAKEN)
     oracle = Oracle(TAKEN, None, outputs.astype(np.float64))
     found = dict(cpus.of_onnx(path, TAKEN, outputs))
     tolerances = Tolerances(float32_rms_error=1e-6)

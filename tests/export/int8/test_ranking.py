@@ -93,7 +93,7 @@ def test_top1_may_drop_by_so_much(source: Path) -> None:
     """The labels are what float32 says, so that the int8 file can only be worse."""
     from export.formats.onnx_file import runner
 
-    labels = runner(source)(INPUTS[80:]).argmax(1)
+    labels = runner(source)(INPUTS[80:])[0].argmax(1)
     look = ranked(source, labels)
     drop = look.looked_at().drop
     assert drop is not None

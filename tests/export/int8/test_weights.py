@@ -83,7 +83,7 @@ def test_what_rounding_takes_from_the_mean(model: onnx.ModelProto, tmp_path: Pat
                 weights.CopyFrom(numpy_helper.from_array(whole, weights.name))
             del one.graph.output[:]
             one.graph.output.append(helper.make_tensor_value_info(layer.node.output[0], TensorProto.FLOAT, None))
-            output = runner(saved(one, tmp_path / "one.onnx"))(INPUTS)
+            (output,) = runner(saved(one, tmp_path / "one.onnx"))(INPUTS)
             means.append(output.mean(tuple(axis for axis in range(output.ndim) if axis != 1)))
         np.testing.assert_allclose(lost[layer.node.name], means[0] - means[1], atol=2e-4)
 
@@ -106,13 +106,13 @@ def test_biases_make_the_file_better(model: onnx.ModelProto, tmp_path: Path, mon
     from export.formats import onnx_int8
 
     source = saved(model, tmp_path / "m.onnx")
-    truth = runner(source)(INPUTS).astype(np.float64)
+    truth = runner(source)(INPUTS)[0].astype(np.float64)
 
     def error() -> float:
         path = tmp_path / "int8.onnx"
         Quantiser(source, INPUTS, tmp_path).write(path)
         (tmp_path / "ranges.json").unlink()
-        return float(np.sqrt(np.mean((runner(path, optimised=True)(INPUTS) - truth).mean(0) ** 2)))
+        return float(np.sqrt(np.mean((runner(path, optimised=True)(INPUTS)[0] - truth).mean(0) ** 2)))
 
     corrected = error()
     monkeypatch.setattr(onnx_int8, "shifts", lambda *rest: {})
