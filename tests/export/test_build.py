@@ -86,7 +86,7 @@ def test_a_file_made_for_one_batch_size(material: Material, tmp_path: Path, monk
 
     real = torchscript.write
     monkeypatch.setattr(
-        torchscript, "write", lambda module, example, path: real(Baked(module, len(example)), example, path)
+        torchscript, "write", lambda module, examples, path: real(Baked(module, len(examples[0])), examples, path)
     )
     with pytest.raises(RuntimeError, match="invalid for input of size"):
         build.build(material, tmp_path / "bundle", "auto", lambda line: None)
