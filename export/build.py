@@ -160,7 +160,7 @@ def build(
             _write_oracle(folder / "oracle.safetensors", oracle, material)
             say("checking every file with optimisations off")
             (reference,) = (entry for entry in entries if entry.format == "pt2" and not entry.folded)
-            error, *more_errors = float32_errors(reference, folder, oracle, inputs)
+            error, *more_errors = float32_errors(reference, folder, oracle, inputs, material.outputs)
             if not np.isfinite([error, *more_errors]).all():
                 raise ExportRefused("The unfolded model's float32 outputs are not finite: it overflows.")
             kept: dict[Runtime, int] = {runtime: len(way.report.kept) for runtime, way in ways.items()}

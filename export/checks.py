@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 
-from export.bundle import Arrays, CpuVerdict, FileEntry, Oracle, Output, Tolerances
+from export.bundle import BOX_KINDS, Arrays, CpuVerdict, FileEntry, Oracle, Output, Tolerances
 from export.bundle.verdict import departure, judge_all, rms_error
 from export.fold.report import Runtime
 from export.formats.running import Run, run_in_batches
@@ -57,10 +57,10 @@ class Checks:
         run = runner(self.folder, entry)
         taken = self.oracle.inputs if entry.takes == "raw" else self.inputs
         strict = entry.precision == "float32"
-        outputs = run_in_batches(run, first(taken, CHECK_INPUTS) if strict else taken, whole)
+        outputs = run_in_batches(run, first(taken, CHECK_INPUTS) if strict else taken, whole, self.outputs)
         problem = self._failure(outputs, entry)
         if problem is None:
-            few = run_in_batches(run, first(taken, 3 * odd), odd)
+            few = run_in_batches(run, first(taken, 3 * odd), odd, self.outputs)
             problem = self._failure(few, entry) if strict else departure(few, outputs, self.oracle)
         cpus = self._cpus(entry, taken[0], outputs[0]) if problem is None and entry.precision == "int8" else ()
         broken = [f"on a CPU of the kind {each.cpu} {'; '.join(each.failures)}" for each in cpus if each.failures]
@@ -96,13 +96,17 @@ def first(arrays: Arrays, count: int) -> Arrays:
     return tuple(array[:count] for array in arrays)
 
 
-def float32_errors(reference: FileEntry, folder: Path, oracle: Oracle, inputs: Arrays) -> tuple[float, ...]:
+def float32_errors(
+    reference: FileEntry, folder: Path, oracle: Oracle, inputs: Arrays, specs: tuple[Output, ...]
+) -> tuple[float, ...]:
     """The RMS error of each output of a float32 file on the oracle's inputs, the unit of all others; infinite where it
-    overflows, and 0 of whole numbers.
+    overflows, and 0 of whole numbers and of lists.
     """
-    found = run_in_batches(runner(folder, reference), inputs, CHECK_BATCHES[0])
-    pairs = zip(found, oracle.outputs, strict=True)
-    return tuple(rms_error(output, truth) if truth.dtype.kind == "f" else 0.0 for output, truth in pairs)
+    found = run_in_batches(runner(folder, reference), inputs, CHECK_BATCHES[0], specs)
+    return tuple(
+        rms_error(output, truth) if truth.dtype.kind == "f" and spec.kind not in BOX_KINDS else 0.0
+        for spec, output, truth in zip(specs, found, oracle.outputs, strict=True)
+    )
 
 
 def runner(folder: Path, entry: FileEntry) -> Run:

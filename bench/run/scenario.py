@@ -215,7 +215,7 @@ class _Test:
         folder = self._folder / "accuracy"
         load = self._load(1 / max(fastest_s, SHORTEST_QUERY_S), accuracy=True)
         self._drive(load, folder, usual_s * len(oracle.logits) / load.images_per_call)
-        outputs = read_outputs(folder, oracle.outputs)
+        outputs = read_outputs(folder, oracle.outputs, self._lane.subject.bundle.manifest.outputs)
         self._lane.parity = verdict_of(self._lane.subject, outputs, oracle)
 
     def _measure(self, fastest_s: float, usual_s: float) -> None:

@@ -13,17 +13,19 @@ import gc
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.results.terms import Scenario
+from export.bundle.detections import joined
+from export.bundle.manifest import BOX_KINDS
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from export.bundle import Arrays
+    from export.bundle import Arrays, Output
 
 # The rules of MLPerf Inference, from LoadGen's mlperf.conf (version 6.0), where it sets them for every model.
 PERCENTILES = {"single-stream": 0.90, "multi-stream": 0.99, "server": 0.99}
@@ -261,29 +263,40 @@ def read_summary(folder: Path) -> Summary:
     )
 
 
-def read_outputs(folder: Path, like: Arrays) -> Arrays:
+def read_outputs(folder: Path, like: Arrays, specs: Sequence[Output]) -> Arrays:
     """The outputs that LoadGen collected in accuracy mode, in the order of the images: each of the shape [N, …] of that
-    of `like`, in float32 where that has floats, else in its type.
+    of `like`, in float32 where that has floats, else in its type; lists of boxes as long as the longest.
 
     Raises:
         ValueError: an image is missing, or its outputs have another size.
     """
     import numpy as np
 
-    found = tuple(np.empty(each.shape, np.float32 if each.dtype.kind == "f" else each.dtype) for each in like)
-    ends = np.cumsum([each[0].nbytes for each in found])
-    collected = np.zeros(len(like[0]), bool)
+    images: list[Arrays | None] = [None] * len(like[0])
+    types = [np.dtype(np.float32) if each.dtype.kind == "f" else each.dtype for each in like]
+    lists = [spec.kind in BOX_KINDS for spec in specs]
+    # Of an image's numbers, or of those of one box where they are in a list.
+    sizes = [
+        np.prod(each.shape[2 if listed else 1 :], dtype=int) * type_.itemsize
+        for each, type_, listed in zip(like, types, lists, strict=True)
+    ]
+    fixed = sum(size for size, listed in zip(sizes, lists, strict=True) if not listed)
+    of_a_box = sum(sizes) - fixed
     for entry in json.loads((folder / "mlperf_log_accuracy.json").read_text()):
         place, data = entry["qsl_idx"], bytes.fromhex(entry["data"])
-        if len(data) != ends[-1]:
-            raise ValueError(f"LoadGen collected {len(data)} bytes of image {place}, expected {ends[-1]}")
-        for each, end in zip(found, ends, strict=True):
-            part = data[end - each[0].nbytes : end]
-            each[place] = np.frombuffer(part, each.dtype).reshape(each.shape[1:])
-        collected[place] = True
-    if not collected.all():
-        raise ValueError(f"LoadGen collected the outputs of {collected.sum()} of {len(collected)} images")
-    return found
+        boxes, rest = divmod(len(data) - fixed, of_a_box) if of_a_box else (0, len(data) - fixed)
+        if rest or boxes < 0:
+            raise ValueError(f"LoadGen collected {len(data)} bytes of image {place}, expected {fixed}")
+        parts, end = [], 0
+        for each, type_, size, listed in zip(like, types, sizes, lists, strict=True):
+            begin, end = end, end + size * (boxes if listed else 1)
+            shape = (boxes, *each.shape[2:]) if listed else (1, *each.shape[1:])
+            parts.append(np.frombuffer(data[begin:end], type_).reshape(shape))
+        images[place] = tuple(parts)
+    collected = [image for image in images if image is not None]
+    if len(collected) < len(images):
+        raise ValueError(f"LoadGen collected the outputs of {len(collected)} of {len(images)} images")
+    return joined(collected, specs)
 
 
 def read_version(folder: Path) -> str:

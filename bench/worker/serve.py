@@ -44,6 +44,8 @@ from bench.worker.messages import (
     Request,
     Unavailable,
 )
+from export.bundle.detections import joined
+from export.bundle.manifest import BOX_KINDS
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -114,6 +116,7 @@ class _Model:
         self._session = session
         self._bundle, self._backend, self._options = bundle, backend, options
         self._oracle = bundle.oracle().inputs
+        self._specs = bundle.manifest.outputs
 
     def answer(self, request: Evaluate | Bisect | Prepare | Measure | Drive) -> Reply:
         if isinstance(request, Evaluate):
@@ -121,7 +124,9 @@ class _Model:
         if isinstance(request, Bisect):
             return self._bisect(request.images)
         if isinstance(request, Drive):
-            driven = drive(partial(_end_to_end, self._session), self._oracle, request.load, request.folder)
+            lists = any(spec.kind in BOX_KINDS for spec in self._specs)
+            call = self._one_list if lists else partial(_end_to_end, self._session)
+            driven = drive(call, self._oracle, request.load, request.folder)
             wait_until_quiet()
             return driven
         if isinstance(request, Measure) and request.cpus is not None:
@@ -129,7 +134,7 @@ class _Model:
         raw = self._inputs(request.batch_size)
         whole = partial(_end_to_end, self._session, *raw)
         if isinstance(request, Prepare):
-            outputs = whole()
+            outputs = joined([whole()], self._specs)
             done = warm_up(whole)  # which runs the model on the device, too
             wait_until_quiet()
             return Prepared(done, outputs)
@@ -157,15 +162,17 @@ class _Model:
         return tuple(array[np.arange(batch_size) % len(array)] for array in self._oracle)
 
     def _evaluate(self, batch_size: int) -> Evaluated:
-        import numpy as np
-
         starts = range(0, len(self._oracle[0]), batch_size)
         parts = [
             _end_to_end(self._session, *(array[start : start + batch_size].copy() for array in self._oracle))
             for start in starts
         ]
         wait_until_quiet()
-        return Evaluated(tuple(map(np.concatenate, zip(*parts, strict=True))))
+        return Evaluated(joined(parts, self._specs))
+
+    def _one_list(self, *raw: np.ndarray) -> Arrays:
+        """The outputs of one image, lists of boxes with a dimension for the batch."""
+        return joined([_end_to_end(self._session, *raw)], self._specs)
 
 
 def pin(cpus: tuple[int, ...]) -> None:

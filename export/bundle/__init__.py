@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from export.bundle.manifest import BOX_KINDS as BOX_KINDS
     from export.bundle.manifest import COARSER as COARSER
     from export.bundle.manifest import FLOAT32 as FLOAT32
     from export.bundle.manifest import MANIFEST_NAME as MANIFEST_NAME

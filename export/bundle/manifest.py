@@ -32,9 +32,11 @@ Precision = Literal["float32", "float16", "bfloat16", "int8"]
 Takes = Literal["preprocessed", "raw"]
 """What a file takes: the model's input, or the raw input, and then the preprocessing is inside."""
 Dimension = int | str
-OutputKind = Literal["scores", "values", "choices"]
+OutputKind = Literal["scores", "values", "choices", "boxes", "box_scores", "box_classes"]
 """What an output is made of: class scores along axis 1, whose largest is the prediction; numbers; or whole numbers that
-name something, of which none lies between two others."""
+name something, of which none lies between two others. The last three are what a detector says of one image: as many
+rows as it finds things, each with two corners (x, y, x, y), a score and a class."""
+BOX_KINDS = frozenset({"boxes", "box_scores", "box_classes"})
 Arrays = tuple[np.ndarray, ...]
 """One array for each of a model's inputs, or outputs, in their order."""
 COARSER: dict[Precision, float] = {"float32": 1.0, "float16": 2.0**13, "bfloat16": 2.0**16, "int8": 2.0**16}

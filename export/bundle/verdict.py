@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from export.bundle.detections import Found, judge_boxes
 from export.bundle.limits import (
     FLIP_ERRORS,
     LEAST_ERROR,
@@ -27,7 +28,7 @@ from export.bundle.limits import (
     top1_loss_bound,
     top1_margin,
 )
-from export.bundle.manifest import FLOAT32, Arrays, Limits, Oracle, Output, OutputKind, Precision, Tolerances
+from export.bundle.manifest import BOX_KINDS, FLOAT32, Arrays, Limits, Oracle, Output, OutputKind, Precision, Tolerances
 
 # From what float64 tells apart to what no logit is off by, four to a power of ten.
 HISTOGRAM_FROM, HISTOGRAM_STEP, HISTOGRAM_RANGES = -9.0, 0.25, 44
@@ -142,7 +143,12 @@ def judge_all(
         wrong = f"{len(outputs)} outputs, the oracle has {len(specs)}"
         return Verdict(passed=False, failures=(wrong,), images=len(oracle.logits), precision=precision)
     of_each = [
-        OutputVerdict(spec.name, judge(output, alone, limits, precision, tf32=tf32, kind=spec.kind))
+        OutputVerdict(
+            spec.name,
+            _judge_listed(spec, outputs, oracle, specs, precision, tf32=tf32)
+            if spec.kind in BOX_KINDS
+            else judge(output, alone, limits, precision, tf32=tf32, kind=spec.kind),
+        )
         for spec, output, (alone, limits) in zip(specs, outputs, _alone(oracle, tolerances), strict=True)
     ]
     first = of_each[0].verdict
@@ -232,6 +238,28 @@ def _alone(oracle: Oracle, tolerances: Tolerances) -> list[tuple[Oracle, Toleran
     return [(Oracle(oracle.raw, oracle.labels, oracle.logits), tolerances), *further]
 
 
+def _judge_listed(
+    spec: Output, outputs: Arrays, oracle: Oracle, specs: Sequence[Output], precision: Precision, *, tf32: bool
+) -> Verdict:
+    """The verdict on an output that is a part of lists of boxes: on the boxes it is that of whole lists."""
+    images = len(oracle.logits)
+    found, truth = Found.of(outputs, specs), Found.of(oracle.outputs, specs)
+    verdict = Verdict(passed=True, failures=(), images=images, precision=precision)
+    if found is None or truth is None or len(found.corners) != images:
+        failures = (f"{spec.name} belongs to boxes, and there are none, or not of as many images",)
+        return replace(verdict, passed=False, failures=failures)
+    if spec.kind != "boxes":
+        return verdict
+    compared = judge_boxes(found, truth, precision, tf32=tf32)
+    return replace(
+        verdict,
+        passed=not compared.failures,
+        failures=compared.failures,
+        rms_error=compared.scores_rms,
+        changed_percent=100 * compared.alone / max(1, compared.boxes),
+    )
+
+
 def _judge_choices(found: np.ndarray, truth: np.ndarray, verdict: Verdict, most: int) -> Verdict:
     """The verdict on whole numbers of which at most so many may differ."""
     changed = int((found != truth).sum())
@@ -262,7 +290,11 @@ def all_at_batch(
     if len(outputs) != len(specs):
         return f"{len(outputs)} outputs, expected {len(specs)}"
     for spec, output, (alone, limits) in zip(specs, outputs, _alone(oracle, tolerances), strict=True):
-        problem = at_batch(output, alone, limits, precision, tf32=tf32, kind=spec.kind)
+        if spec.kind in BOX_KINDS:
+            listed = _judge_listed(spec, outputs, oracle.first(len(output)), specs, precision, tf32=tf32)
+            problem = "; ".join(listed.failures) or None
+        else:
+            problem = at_batch(output, alone, limits, precision, tf32=tf32, kind=spec.kind)
         if problem is not None:
             return problem if len(specs) == 1 else f"{problem} ({spec.name})"
     return None
@@ -312,6 +344,8 @@ def departure(few: Arrays, outputs: Arrays, oracle: Oracle) -> str | None:
     Another kernel may round otherwise, but not by more than the file is off anyway.
     """
     for less, output, truth in zip(few, outputs, oracle.outputs, strict=True):
+        if truth.dtype.kind != "f":
+            continue  # held to its limit, which is all that can be said of what names something
         same = output[: len(less)]
         if less.shape != same.shape:
             return f"its output has shape {list(less.shape)} at another batch size, expected {list(same.shape)}"

@@ -5,12 +5,13 @@ Owns what every format's `runner` returns, and running it in batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.bundle import Arrays
+from export.bundle import Arrays, Output
+from export.bundle.detections import joined
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +20,14 @@ Run = Callable[..., Arrays]
 """One batch of each input, [n, …] → each output [n, …]."""
 
 
-def run_in_batches(run: Run, inputs: Arrays, batch: int) -> Arrays:
-    """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller."""
+def run_in_batches(run: Run, inputs: Arrays, batch: int, specs: Sequence[Output] = ()) -> Arrays:
+    """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller.
+
+    `specs` are those of the outputs, where there may be lists among them.
+    """
     count = len(inputs[0])
     parts = [run(*(array[start : start + batch] for array in inputs)) for start in range(0, count, batch)]
-    return tuple(map(np.concatenate, zip(*parts, strict=True)))
+    return joined(parts, specs) if specs else tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def as_function(module: Callable[..., Any], device: torch.device | str = "cpu") -> Run:

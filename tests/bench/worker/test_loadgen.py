@@ -10,6 +10,8 @@ import pytest
 
 from bench.results.terms import Scenario
 from bench.worker.loadgen import Load, drive, read_outputs, read_summary, read_version
+from export.bundle import Output
+from export.bundle.detections import joined
 
 # A number that neither 8 nor 16 divides: multi-stream fills its last query up, the last call of offline is short.
 RAW = np.random.default_rng(0).integers(0, 256, (37, 1, 4, 4), dtype=np.uint8)
@@ -25,6 +27,12 @@ def answer(raw: np.ndarray) -> np.ndarray:
 def answers(raw: np.ndarray) -> tuple[np.ndarray, ...]:
     """A model of two outputs, one of them whole numbers."""
     return answer(raw), raw.reshape(len(raw), 4, 4).astype(np.int64)
+
+
+TWO = (
+    Output(name="numbers", dtype="float32", shape=("batch", 3)),
+    Output(name="picture", dtype="int64", shape=("batch", 4, 4)),
+)
 
 
 def load(scenario: Scenario, **changes: object) -> Load:
@@ -43,7 +51,7 @@ def load(scenario: Scenario, **changes: object) -> Load:
 def test_accuracy_mode_brings_every_image_its_own_output(scenario: Scenario, tmp_path: Path) -> None:
     before = RAW.copy()
     drive(answers, (RAW,), load(scenario, accuracy=True), tmp_path / "log")
-    for found, wanted in zip(read_outputs(tmp_path / "log", answers(RAW)), answers(RAW), strict=True):
+    for found, wanted in zip(read_outputs(tmp_path / "log", answers(RAW), TWO), answers(RAW), strict=True):
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found, wanted)
     np.testing.assert_array_equal(RAW, before)
@@ -120,6 +128,26 @@ def test_what_a_call_raises_is_raised_when_loadgen_has_ended(scenario: Scenario,
         assert calls == 3
 
 
+def test_lists_of_any_length_come_back(tmp_path: Path) -> None:
+    """What a detector finds in an image is a list, empty for some; LoadGen takes bytes."""
+    specs = (
+        Output(name="boxes", dtype="float32", shape=("boxes", 4), kind="boxes"),
+        Output(name="classes", dtype="int64", shape=("boxes",), kind="box_classes"),
+        Output(name="whole", dtype="float32", shape=("batch", 2)),
+    )
+
+    def listed(raw: np.ndarray) -> tuple[np.ndarray, ...]:
+        count = int(raw[0, 0, 0, 0]) % 4
+        boxes = np.arange(4 * count, dtype=np.float32).reshape(1, count, 4) + raw[0, 0, 0, 1]
+        return boxes, np.arange(count)[None], raw[:, 0, 0, :2].astype(np.float32)
+
+    singles = [listed(RAW[place : place + 1]) for place in range(len(RAW))]
+    wanted = joined([(boxes[0], classes[0], whole) for boxes, classes, whole in singles], specs)
+    drive(listed, (RAW,), load(Scenario.SINGLE_STREAM, accuracy=True), tmp_path / "log")
+    for found, each in zip(read_outputs(tmp_path / "log", wanted, specs), wanted, strict=True):
+        np.testing.assert_array_equal(found, each)
+
+
 def test_a_summary_without_a_verdict_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mlperf_log_summary.txt").write_text("\nNo errors encountered during test.\n")
     with pytest.raises(ValueError, match="no verdict"):
@@ -129,4 +157,4 @@ def test_a_summary_without_a_verdict_is_an_error(tmp_path: Path) -> None:
 def test_outputs_that_are_missing_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "mlperf_log_accuracy.json").write_text('[{ "seq_id" : 0, "qsl_idx" : 1, "data" : "0000803f" }]')
     with pytest.raises(ValueError, match="of 1 of 2 images"):
-        read_outputs(tmp_path, (np.zeros((2, 1), np.float32),))
+        read_outputs(tmp_path, (np.zeros((2, 1), np.float32),), TWO[:1])
