@@ -34,6 +34,7 @@ from export.bundle import (
     sha256_file,
 )
 from export.bundle.int8 import Int8Layers
+from export.bundle.rows import Rows
 from export.checks import Checked, Checks, float32_error
 from export.fold.report import FoldReport, Runtime, Strategy
 from export.variants import File, Plan
@@ -114,7 +115,7 @@ def build(
     import torch
 
     from export import oracle as truth
-    from export import writing
+    from export import oracle_file, writing
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import any_batch, as_module, export_program
 
@@ -155,7 +156,7 @@ def build(
             if not np.isfinite(logits).all():
                 raise ExportRefused("The model's float64 logits are not finite (NaN or infinity) for some inputs.")
             oracle = Oracle(material.raw, material.labels, logits)
-            _write_oracle(folder / "oracle.safetensors", oracle)
+            oracle_file.write(folder / "oracle.safetensors", oracle)
             say("checking every file with optimisations off")
             (reference,) = (entry for entry in entries if entry.format == "pt2" and not entry.folded)
             error = float32_error(reference, folder, oracle, inputs)
@@ -300,11 +301,11 @@ def _worst_layers(ranking: Int8Layers | None) -> str | None:
     )
 
 
-def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: np.ndarray) -> None:
+def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: Rows) -> None:
     """The folded network against the unfolded one, both float64, on real and random inputs and on borders alone."""
     import torch
 
-    real = torch.from_numpy(inputs[:100]).double()
+    real = torch.from_numpy(np.asarray(inputs[:100])).double()
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     border = _border_of(noise, real.dim() - 2)
     for what, x in (("real", real), ("random", noise), ("border", border)):
@@ -320,7 +321,7 @@ def _require_equal_from_raw(model64: nn.Module, networks: Networks, material: Ma
     from export.raw_input import FromRaw, reference
 
     preprocessing = material.preprocessing
-    real = torch.from_numpy(material.raw[:100].copy())
+    real = torch.from_numpy(np.array(material.raw[:100]))
     limits = torch.iinfo(real.dtype)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(limits.min, limits.max + 1, real.shape, generator=generator, dtype=real.dtype)
@@ -348,15 +349,6 @@ def _require_exact(found: torch.Tensor, wanted: torch.Tensor, complaint: str) ->
     error = float((found - wanted).abs().max() / wanted.abs().max())
     if not error <= EXACT:
         raise ExportRefused(f"{complaint}: off by {error:.1e} (relative, float64).")
-
-
-def _write_oracle(path: Path, oracle: Oracle) -> None:
-    from safetensors.numpy import save
-
-    tensors = {"raw": np.ascontiguousarray(oracle.raw), "logits": oracle.logits}
-    if oracle.labels is not None:
-        tensors["labels"] = oracle.labels
-    path.write_bytes(save(tensors))
 
 
 def _data_file(path: Path) -> DataFile:

@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from export.bundle import CpuVerdict, FileEntry, Oracle, Tolerances
+from export.bundle.rows import Rows
 from export.bundle.verdict import departure, judge, rms_error
 from export.fold.report import Runtime
 from export.oracle import run_in_batches
@@ -43,7 +44,7 @@ class Checks:
 
     folder: Path
     oracle: Oracle
-    inputs: np.ndarray
+    inputs: Rows
     kept: dict[Runtime, int]
     tolerances: Tolerances
 
@@ -54,7 +55,7 @@ class Checks:
         if problem is not None:
             return Checked(problem)
         run = runner(self.folder, entry)
-        taken = self.oracle.raw if entry.takes == "raw" else self.inputs
+        taken: Rows = self.oracle.raw if entry.takes == "raw" else self.inputs
         outputs = run_in_batches(run, taken if entry.precision != "float32" else taken[:CHECK_INPUTS], whole)
         problem = self._failure(outputs, entry)
         if problem is None:
@@ -81,7 +82,7 @@ class Checks:
         found = _module(entry).batchnorms(self.folder / entry.path)
         return f"it holds {found} BatchNorms, the fold report keeps {kept}" if found > kept else None
 
-    def _cpus(self, entry: FileEntry, taken: np.ndarray, outputs: np.ndarray) -> tuple[CpuVerdict, ...]:
+    def _cpus(self, entry: FileEntry, taken: Rows, outputs: np.ndarray) -> tuple[CpuVerdict, ...]:
         from export.int8 import cpus
 
         of = cpus.of_onnx if entry.format == "onnx" else cpus.of_openvino
@@ -89,7 +90,7 @@ class Checks:
         return tuple(cpus.verdict(kind, there, self.oracle, self.tolerances) for kind, there in found)
 
 
-def float32_error(reference: FileEntry, folder: Path, oracle: Oracle, inputs: np.ndarray) -> float:
+def float32_error(reference: FileEntry, folder: Path, oracle: Oracle, inputs: Rows) -> float:
     """The RMS error of a float32 file on the oracle's inputs, the unit of all others; infinite where it overflows."""
     return rms_error(run_in_batches(runner(folder, reference), inputs, CHECK_BATCHES[0]), oracle.logits)
 

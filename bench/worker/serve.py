@@ -111,9 +111,11 @@ class _Model:
     """The loaded session with the oracle's inputs."""
 
     def __init__(self, session: Session, bundle: Bundle, backend: Backend, options: Options) -> None:
+        import numpy as np
+
         self._session = session
         self._bundle, self._backend, self._options = bundle, backend, options
-        self._raw = bundle.oracle().raw
+        self._raw = np.asarray(bundle.oracle().raw)
 
     def answer(self, request: Evaluate | Bisect | Prepare | Measure | Drive) -> Reply:
         if isinstance(request, Evaluate):

@@ -1,0 +1,39 @@
+"""The oracle's file: safetensors, written a piece at a time, so that the inputs need not fit into memory.
+
+Owns the layout of such a file (https://github.com/huggingface/safetensors#format), in the library's own order.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from export.bundle import Oracle
+from export.bundle.rows import Rows, pieces
+
+LETTERS = {"f": "F", "i": "I", "u": "U"}
+
+
+def write(path: Path, oracle: Oracle) -> None:
+    """`raw`, `logits` and, if there are any, `labels`. Raises OSError."""
+    arrays: dict[str, Rows] = {"raw": oracle.raw, "logits": oracle.logits}
+    if oracle.labels is not None:
+        arrays["labels"] = oracle.labels
+    # The library's order: what needs the largest alignment first.
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, arrays[name].dtype.kind != "f", name))
+    header, begin = {}, 0
+    for name in order:
+        rows = arrays[name]
+        end = begin + int(np.prod(rows.shape, dtype=np.int64)) * rows.dtype.itemsize
+        dtype = f"{LETTERS[rows.dtype.kind]}{8 * rows.dtype.itemsize}"
+        header[name] = {"dtype": dtype, "shape": list(rows.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for piece in pieces(arrays[name]):
+                file.write(np.ascontiguousarray(piece).data)
