@@ -20,7 +20,6 @@ import numpy as np
 import export
 from export.bundle import (
     MANIFEST_NAME,
-    Arrays,
     Bundle,
     BundleError,
     DataFile,
@@ -35,6 +34,7 @@ from export.bundle import (
     sha256_file,
 )
 from export.bundle.int8 import Int8Layers
+from export.bundle.rows import Rows
 from export.checks import Checked, Checks, first, float32_errors
 from export.fold.report import FoldReport, Runtime, Strategy
 from export.variants import File, Plan
@@ -115,7 +115,7 @@ def build(
     import torch
 
     from export import oracle as truth
-    from export import writing
+    from export import oracle_file, writing
     from export.fold import fold_batchnorm
     from export.fold.batchnorm import any_batch, as_module, export_program
 
@@ -157,7 +157,7 @@ def build(
             if not all(np.isfinite(output).all() for output in (logits, *more_outputs)):
                 raise ExportRefused("The model's float64 outputs are not finite (NaN or infinity) for some inputs.")
             oracle = Oracle(material.raw, material.labels, logits, material.more_raw, tuple(more_outputs))
-            _write_oracle(folder / "oracle.safetensors", oracle, material)
+            oracle_file.write(folder / "oracle.safetensors", oracle, material.more_inputs, material.more_outputs)
             say("checking every file with optimisations off")
             (reference,) = (entry for entry in entries if entry.format == "pt2" and not entry.folded)
             error, *more_errors = float32_errors(reference, folder, oracle, inputs, material.outputs)
@@ -307,13 +307,13 @@ def _worst_layers(ranking: Int8Layers | None) -> str | None:
     )
 
 
-def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: Arrays) -> None:
+def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: tuple[Rows, ...]) -> None:
     """The folded network against the unfolded one, both float64, on real and random inputs and on borders alone."""
     import torch
 
     from export.oracle import in_float64
 
-    real = [in_float64(torch.from_numpy(array)) for array in first(inputs, 100)]
+    real = [in_float64(torch.from_numpy(np.asarray(rows))) for rows in first(inputs, 100)]
     generator = torch.Generator().manual_seed(0)
     noise = [
         torch.randn(x.shape, generator=generator, dtype=torch.float64) if x.is_floating_point() else x for x in real
@@ -332,7 +332,7 @@ def _require_equal_from_raw(model64: nn.Module, networks: Networks, material: Ma
     from export.raw_input import FromRaw, reference
 
     preprocessing = material.preprocessing
-    real = torch.from_numpy(material.raw[:100].copy())
+    real = torch.from_numpy(np.array(material.raw[:100]))
     limits = torch.iinfo(real.dtype)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(limits.min, limits.max + 1, real.shape, generator=generator, dtype=real.dtype)
@@ -365,20 +365,6 @@ def _require_exact(found: object, wanted: object, complaint: str) -> None:
         error = float((output - truth).abs().max() / truth.abs().max())
         if not error <= EXACT:
             raise ExportRefused(f"{complaint}: off by {error:.1e} (relative, float64).")
-
-
-def _write_oracle(path: Path, oracle: Oracle, material: Material) -> None:
-    from safetensors.numpy import save
-
-    tensors = {"raw": oracle.raw, "logits": oracle.logits}
-    if oracle.labels is not None:
-        tensors["labels"] = oracle.labels
-    for kind, specs, arrays in (
-        ("raw", material.more_inputs, oracle.more_raw),
-        ("output", material.more_outputs, oracle.more_outputs),
-    ):
-        tensors |= {f"{kind}.{spec.name}": array for spec, array in zip(specs, arrays, strict=True)}
-    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
 
 
 def _data_file(path: Path) -> DataFile:

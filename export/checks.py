@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from export.bundle import BOX_KINDS, Arrays, CpuVerdict, FileEntry, Oracle, Output, Tolerances
+from export.bundle.rows import Rows
 from export.bundle.verdict import departure, judge_all, rms_error
 from export.fold.report import Runtime
 from export.formats.running import Run, run_in_batches
@@ -43,7 +44,7 @@ class Checks:
 
     folder: Path
     oracle: Oracle
-    inputs: Arrays
+    inputs: tuple[Rows, ...]
     outputs: tuple[Output, ...]
     kept: dict[Runtime, int]
     tolerances: Tolerances
@@ -83,7 +84,7 @@ class Checks:
         found = _module(entry).batchnorms(self.folder / entry.path)
         return f"it holds {found} BatchNorms, the fold report keeps {kept}" if found > kept else None
 
-    def _cpus(self, entry: FileEntry, taken: np.ndarray, outputs: np.ndarray) -> tuple[CpuVerdict, ...]:
+    def _cpus(self, entry: FileEntry, taken: Rows, outputs: np.ndarray) -> tuple[CpuVerdict, ...]:
         from export.int8 import cpus
 
         of = cpus.of_onnx if entry.format == "onnx" else cpus.of_openvino
@@ -91,13 +92,13 @@ class Checks:
         return tuple(cpus.verdict(kind, there, self.oracle, self.tolerances) for kind, there in found)
 
 
-def first(arrays: Arrays, count: int) -> Arrays:
+def first(inputs: tuple[Rows, ...], count: int) -> tuple[Rows, ...]:
     """The first `count` of each."""
-    return tuple(array[:count] for array in arrays)
+    return tuple(rows[:count] for rows in inputs)
 
 
 def float32_errors(
-    reference: FileEntry, folder: Path, oracle: Oracle, inputs: Arrays, specs: tuple[Output, ...]
+    reference: FileEntry, folder: Path, oracle: Oracle, inputs: tuple[Rows, ...], specs: tuple[Output, ...]
 ) -> tuple[float, ...]:
     """The RMS error of each output of a float32 file on the oracle's inputs, the unit of all others; infinite where it
     overflows, and 0 of whole numbers and of lists.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from export.fold.report import FoldReport, Strategy
+from export.sources.framing import Interpolation
 from trainer.errors import EXIT_NEGATIVE, UserError
 from trainer.recipes import DEFAULT_RECIPE
 
@@ -41,6 +43,19 @@ def _shape(text: str) -> tuple[int, ...]:
             f"{text!r} is no shape of one input; expected sizes like 3x224x224, without the batch."
         )
     return shape
+
+
+def _sides(option: str, text: str | None) -> tuple[int, ...] | None:
+    """``256`` or ``224x192``: one number of pixels, or height and width."""
+    if text is None:
+        return None
+    try:
+        sides = tuple(int(side) for side in text.split("x"))
+    except ValueError:
+        sides = ()
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise typer.BadParameter(f"{option} {text!r}: expected pixels, for example 256, or height x width, 224x224.")
+    return sides
 
 
 def _arguments(text: str | None) -> dict[str, Any]:
@@ -91,7 +106,30 @@ def export(
         bool, typer.Option("--pretrained", help="With timm:NAME or torchvision:NAME: the library's own weights.")
     ] = False,
     input: Annotated[str | None, typer.Option(help="With --model: the shape of one input, e.g. 3x224x224.")] = None,
-    data: Annotated[Path | None, typer.Option(help="With --model: an .npz file of `inputs` and `labels`.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --model: inputs to check the files with: an .npz or .safetensors file of `inputs` and, if there "
+            "are any, `labels`; an .npy file; or a folder of images, with a subfolder for each class or flat."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Take so many of --data at most, drawn evenly. Default: all.")
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="Of images: the shorter side to N pixels, or height and width. Without it and --crop: what timm or "
+            "torchvision declares.",
+        ),
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(metavar="N|HxW", help="Of images: take so many pixels in the centre.")
+    ] = None,
+    interpolation: Annotated[
+        Interpolation | None, typer.Option(help="Of images: how they are resized. Default: bilinear, or as declared.")
+    ] = None,
     scale: Annotated[float | None, typer.Option(help="With --model: inputs are (x * scale - mean) / std.")] = None,
     mean: Annotated[
         str | None, typer.Option(help="With --model: one value, or one a channel: 0.485,0.456,0.406")
@@ -108,7 +146,10 @@ def export(
         bool, typer.Option("--aoti", help="Also compile the pt2 programs ahead of time, for this kind of machine.")
     ] = False,
     calibration: Annotated[
-        Path | None, typer.Option(help="With --model and int8: an .npz file of other `inputs`, to take ranges from.")
+        Path | None, typer.Option(help="With --model and int8: other inputs, given like --data, to take ranges from.")
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=2, help="Take so many of --calibration at most, drawn evenly. Default: all.")
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -140,9 +181,15 @@ def export(
             scale,
             _numbers("--mean", mean),
             _numbers("--std", std),
+            samples,
+            calibration_samples,
+            _sides("--resize", resize),
+            _sides("--crop", crop),
+            interpolation,
         )
-        material = own.load(said, print)
-        uncalibrated = None if material.calibration else "int8 needs inputs to take its ranges from: --calibration FILE"
+        scratch = context.with_resource(tempfile.TemporaryDirectory(prefix="ninefold-"))
+        material = own.load(said, print, Path(scratch))
+        uncalibrated = None if material.calibration else "int8 needs inputs to take its ranges from: --calibration"
         plan = variants.plan(asked, aoti, variants.raw_refusal(material.preprocessing), uncalibrated, max_drop)
         if max_drop is not None and material.calibration is not None and material.calibration.labels is None:
             raise UserError(f"--max-drop needs `labels` in --calibration {calibration}: what drops is top-1.")
@@ -153,7 +200,12 @@ def export(
             ("--model-args", model_args),
             ("--input", input),
             ("--data", data),
+            ("--samples", samples),
+            ("--resize", resize),
+            ("--crop", crop),
+            ("--interpolation", interpolation),
             ("--calibration", calibration),
+            ("--calibration-samples", calibration_samples),
             ("--scale", scale),
             ("--mean", mean),
             ("--std", std),

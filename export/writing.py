@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from export.bundle import Int8Layers, Tolerances
+from export.bundle.rows import Rows
 from export.fold import Folded, fold_batchnorm
 from export.fold.batchnorm import any_batch, export_program
 from export.fold.report import Runtime, Strategy
 from export.formats import aoti, onnx_file, onnx_int8, openvino_file, pt2
 from export.int8.ranking import Ranked
 from export.raw_input import FromRaw
+from export.sources.material import ModelInputs
 from export.variants import File, Kind, Plan
 
 if TYPE_CHECKING:
@@ -204,14 +206,14 @@ def _program(file: File, network64: nn.Module, material: Material) -> torch.expo
     examples = tuple(map(torch.from_numpy, material.examples))
     if file.takes == "raw":
         network = FromRaw(network, material.preprocessing, material.input, torch.float32)
-        examples = (torch.from_numpy(material.raw[:2].copy()),)
+        examples = (torch.from_numpy(np.array(material.raw[:2])),)
     return export_program(network.eval(), examples, any_batch(len(examples)))
 
 
-def _calibration_inputs(file: File, material: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def _calibration_inputs(file: File, material: Material) -> tuple[Rows, Rows, np.ndarray | None]:
     """What the file's ranges are taken from, what its error is seen with, and the labels of the latter."""
     assert material.calibration is not None
     raw, labels = material.calibration.raw, material.calibration.labels
-    inputs = raw if file.takes == "raw" else material.preprocessing.apply(raw, material.input.shape)
+    inputs: Rows = raw if file.takes == "raw" else ModelInputs(raw, material.preprocessing, material.input)
     ranges = len(inputs) * 4 // 5 if len(inputs) >= FEW else 0
     return inputs[: ranges or None], inputs[ranges:], None if labels is None else labels[ranges:]

@@ -113,9 +113,11 @@ class _Model:
     """The loaded session with the oracle's inputs."""
 
     def __init__(self, session: Session, bundle: Bundle, backend: Backend, options: Options) -> None:
+        import numpy as np
+
         self._session = session
         self._bundle, self._backend, self._options = bundle, backend, options
-        self._oracle = bundle.oracle().inputs
+        self._oracle = tuple(map(np.asarray, bundle.oracle().inputs))
         self._specs = bundle.manifest.outputs
 
     def answer(self, request: Evaluate | Bisect | Prepare | Measure | Drive) -> Reply:

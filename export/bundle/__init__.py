@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from export.bundle.manifest import FileEntry as FileEntry
     from export.bundle.manifest import FoldReport as FoldReport
     from export.bundle.manifest import Format as Format
+    from export.bundle.manifest import ImageSteps as ImageSteps
     from export.bundle.manifest import Int8Layer as Int8Layer
     from export.bundle.manifest import Int8Layers as Int8Layers
     from export.bundle.manifest import LeftOut as LeftOut

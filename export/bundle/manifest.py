@@ -20,6 +20,7 @@ from export.bundle.frozen import Frozen, NotNegative
 from export.bundle.int8 import CpuVerdict as CpuVerdict
 from export.bundle.int8 import Int8Layer as Int8Layer
 from export.bundle.int8 import Int8Layers as Int8Layers
+from export.bundle.rows import Rows
 from export.fold.report import FoldReport as FoldReport  # part of the contract: readers take it from here
 from trainer.errors import UserError
 
@@ -76,18 +77,33 @@ class Output(TensorSpec):
     kind: OutputKind | None = None
 
 
+class ImageSteps(Frozen):
+    """How an image file becomes raw pixels, which no file of a bundle does: decoded, resized, and its centre taken.
+
+    `resize` in pixels: one number is for the shorter side, two are height and width; None: the size stays. `crop` is
+    height and width. `interpolation` is torchvision's name for how it is resized. `words` say all of it.
+    """
+
+    colour: Literal["L", "RGB"]
+    resize: tuple[int, ...] | None
+    crop: tuple[int, int] | None
+    interpolation: str | None
+    words: str
+
+
 class Preprocessing(Frozen):
     """From the raw input as a user has it to what the model takes: ``(raw * scale - mean) / std``, in float32.
 
     `raw` describes the raw array; it is reshaped to the model's input shape, `mean` and `std` hold one value, or one
     for each channel (axis 1 of the model's input). Every backend computes this very expression, so that two runtimes
-    differ in the model and not in its input.
+    differ in the model and not in its input. `outside` says how images became raw pixels; None where there were none.
     """
 
     raw: TensorSpec
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    outside: ImageSteps | None = None
 
     def apply(self, raw: np.ndarray, input_shape: tuple[Dimension, ...]) -> np.ndarray:
         """Raw array [N, …] → float32 array [N, *input_shape[1:]], the reference in NumPy."""
@@ -262,16 +278,18 @@ class Oracle:
 
     `raw` [N, …] is the first input, as it is before the preprocessing, and `more_raw` the others; `logits` is the first
     output, float64 [N, …], and `more_outputs` the others, float64 or whole numbers. `labels` are int64 [N] or None.
+
+    `raw` of a bundle are in memory; while one is made they may still lie in the user's file.
     """
 
-    raw: np.ndarray
+    raw: Rows
     labels: np.ndarray | None
     logits: np.ndarray
-    more_raw: Arrays = ()
+    more_raw: tuple[Rows, ...] = ()
     more_outputs: Arrays = ()
 
     @property
-    def inputs(self) -> Arrays:
+    def inputs(self) -> tuple[Rows, ...]:
         """What the model was asked, all inputs."""
         return (self.raw, *self.more_raw)
 

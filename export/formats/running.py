@@ -12,6 +12,7 @@ import numpy as np
 
 from export.bundle import Arrays, Output
 from export.bundle.detections import joined
+from export.bundle.rows import Rows
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +21,13 @@ Run = Callable[..., Arrays]
 """One batch of each input, [n, …] → each output [n, …]."""
 
 
-def run_in_batches(run: Run, inputs: Arrays, batch: int, specs: Sequence[Output] = ()) -> Arrays:
+def run_in_batches(run: Run, inputs: tuple[Rows, ...], batch: int, specs: Sequence[Output] = ()) -> Arrays:
     """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller.
 
     `specs` are those of the outputs, where there may be lists among them.
     """
     count = len(inputs[0])
-    parts = [run(*(array[start : start + batch] for array in inputs)) for start in range(0, count, batch)]
+    parts = [run(*(np.asarray(rows[start : start + batch]) for rows in inputs)) for start in range(0, count, batch)]
     return joined(parts, specs) if specs else tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 

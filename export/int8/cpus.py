@@ -17,6 +17,7 @@ import numpy as np
 
 from export.bundle import Oracle, Tolerances
 from export.bundle.int8 import CPU_KINDS, CpuKind, CpuVerdict, Proof
+from export.bundle.rows import Rows
 from export.bundle.verdict import judge
 from export.formats import onnx_file, openvino_file
 from export.formats.running import Run, run_in_batches
@@ -48,7 +49,7 @@ class Elsewhere:
     layers: tuple[str, ...] = ()
 
 
-def of_onnx(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[tuple[CpuKind, Elsewhere]]:
+def of_onnx(path: Path, taken: Rows, outputs: np.ndarray) -> Iterator[tuple[CpuKind, Elsewhere]]:
     """What an ONNX file comes to on each kind of CPU; `outputs` are this machine's for the inputs `taken`."""
     here = kind_here()
     names = tuple(layer.name for layer in integer_layers(optimised(path)) if layer.saturating.any())
@@ -64,7 +65,7 @@ def of_onnx(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[tupl
             yield kind, _emulated(path, taken, names) if here is not None else Elsewhere("not proved", None, names)
 
 
-def of_openvino(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[tuple[CpuKind, Elsewhere]]:
+def of_openvino(path: Path, taken: Rows, outputs: np.ndarray) -> Iterator[tuple[CpuKind, Elsewhere]]:
     """The same for OpenVINO's, which knows no mode that never saturates. In a browser there is none, and which of its
     kernels run on ARM was not looked at.
     """
@@ -81,7 +82,7 @@ def of_openvino(path: Path, taken: np.ndarray, outputs: np.ndarray) -> Iterator[
     yield "arm-dot", Elsewhere("run", outputs) if here == "arm-dot" else Elsewhere("not proved", None)
 
 
-def _emulated(path: Path, taken: np.ndarray, names: tuple[str, ...]) -> Elsewhere:
+def _emulated(path: Path, taken: Rows, names: tuple[str, ...]) -> Elsewhere:
     try:
         return Elsewhere("emulated", run_in_batches(SaturatingFile(path), (taken[:EMULATED_INPUTS],), BATCH)[0], names)
     except NotEmulated:

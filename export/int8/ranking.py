@@ -15,6 +15,7 @@ import numpy as np
 
 from export.bundle import Int8Layer, Int8Layers
 from export.bundle.limits import are_class_scores, rms, spread
+from export.bundle.rows import Rows
 from export.formats import onnx_file
 from export.formats.onnx_int8 import Quantiser
 from export.formats.running import run_in_batches
@@ -36,7 +37,7 @@ class Ranked:
     """
 
     def __init__(
-        self, quantiser: Quantiser, float32_file: Path, inputs: np.ndarray, labels: np.ndarray | None, folder: Path
+        self, quantiser: Quantiser, float32_file: Path, inputs: Rows, labels: np.ndarray | None, folder: Path
     ) -> None:
         self._quantiser, self._path = quantiser, folder / "ranked.onnx"
         began = time.perf_counter()
@@ -45,7 +46,7 @@ class Ranked:
         self._inputs, self._labels = inputs[:count], None if labels is None else labels[:count]
         self._truth = _outputs(float32_file, self._inputs) if len(self._inputs) > BATCH else first
         self._unit = spread(self._truth)
-        self._costs = multiply_adds(quantiser.model, self._inputs[:1])
+        self._costs = multiply_adds(quantiser.model, np.asarray(self._inputs[:1]))
         self._weights = {node.name: node.input[1] for node in quantiser.model.graph.node if node.name in self._costs}
 
     def looked_at(self, in_float: Collection[str] = ()) -> Look:
@@ -119,6 +120,6 @@ class Look:
         return small and (max_drop is None or self.drop is None or self.drop <= max_drop)
 
 
-def _outputs(file: Path, inputs: np.ndarray) -> np.ndarray:
+def _outputs(file: Path, inputs: Rows) -> np.ndarray:
     (outputs,) = run_in_batches(onnx_file.runner(file, optimised=True), (inputs,), BATCH)
     return outputs

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export.bundle.rows import Rows
 from export.formats.onnx_session import open_session
 from export.int8.layers import LAYERS, attribute, rows_of
 from export.int8.pairs import LARGEST_WEIGHT, safe_scales, worst_pairs
@@ -62,7 +63,7 @@ def layers_of(graph: onnx.GraphProto) -> Iterator[Layer]:
             yield Layer(node, weights, rows, safe_scales(worst_pairs(rows)).astype(np.float32), axis)
 
 
-def shifts(model: onnx.ModelProto, layers: Sequence[Layer], inputs: np.ndarray) -> dict[str, np.ndarray]:
+def shifts(model: onnx.ModelProto, layers: Sequence[Layer], inputs: Rows) -> dict[str, np.ndarray]:
     """By a layer's name, what its mean output over `inputs` loses when its weights are rounded, float32 [channels].
 
     Computed by the model itself, in which each layer stands once more beside itself with what is rounded off. Of layers
@@ -89,7 +90,7 @@ def shifts(model: onnx.ModelProto, layers: Sequence[Layer], inputs: np.ndarray) 
     name, count = session.get_inputs()[0].name, len(inputs)
     sums = [np.zeros(len(layer.rows)) for layer in layers]
     for start in range(0, count, BATCH):
-        batch = inputs[start : start + BATCH]
+        batch = np.asarray(inputs[start : start + BATCH])
         for total, found in zip(sums, session.run(None, {name: batch}), strict=True):
             total += len(batch) / count * found
     return {layer.node.name: total.astype(np.float32) for layer, total in zip(layers, sums, strict=True)}

@@ -6,6 +6,7 @@ Owns the spellings of `--model` and the kinds of files that weights come in. Imp
 from __future__ import annotations
 
 import importlib
+import math
 import pickle
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.sources.framing import INTERPOLATIONS, Framing
 from trainer.errors import EXIT_UNAVAILABLE, EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
@@ -28,11 +30,15 @@ PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 @dataclass(frozen=True)
 class Declared:
-    """What a library says of a model's input: pixels in [0, 1] less `mean`, over `std`; `shape` has no batch."""
+    """What a library says of a model's input: pixels in [0, 1] less `mean`, over `std`; `shape` has no batch.
+
+    `framing` is how an image comes to that shape, None where that is by none of the ways that are known here.
+    """
 
     shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    framing: Framing | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,21 @@ def _by_timm(name: str, arguments: Mapping[str, Any], pretrained: bool) -> tuple
         raise UserError(f"timm has no model {name!r}{_nearest(name, timm.list_models())}.", EXIT_USAGE)
     module = _called(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained, **arguments), pretrained)
     config = timm.data.resolve_model_data_config(module)
-    return module, Declared(tuple(config["input_size"]), tuple(config["mean"]), tuple(config["std"]))
+    shape = tuple(config["input_size"])
+    return module, Declared(shape, tuple(config["mean"]), tuple(config["std"]), _framing_of_timm(config))
+
+
+def _framing_of_timm(config: Mapping[str, Any]) -> Framing | None:
+    """As `timm.data.create_transform` makes it of this configuration where it is not for training."""
+    height, width = config["input_size"][1:]
+    size = tuple(math.floor(side / config["crop_pct"]) for side in (height, width))
+    if config["interpolation"] not in INTERPOLATIONS:
+        return None
+    if config["crop_mode"] == "squash":
+        return Framing(size, (height, width), config["interpolation"])
+    if config["crop_mode"] == "center" and height == width:
+        return Framing(size[:1], (height, width), config["interpolation"])
+    return None
 
 
 def _by_torchvision(name: str, arguments: Mapping[str, Any], pretrained: bool) -> tuple[nn.Module, Declared | None]:
@@ -85,7 +105,8 @@ def _by_torchvision(name: str, arguments: Mapping[str, Any], pretrained: bool) -
     crop = getattr(preset, "crop_size", None)
     if not crop or not hasattr(preset, "mean"):
         return module, None
-    return module, Declared((3, crop[0], crop[-1]), tuple(preset.mean), tuple(preset.std))
+    framing = Framing(tuple(preset.resize_size), (crop[0], crop[-1]), preset.interpolation.value)
+    return module, Declared((3, crop[0], crop[-1]), tuple(preset.mean), tuple(preset.std), framing)
 
 
 LIBRARIES: dict[str, Callable[..., tuple[nn.Module, Declared | None]]] = {

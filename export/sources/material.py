@@ -5,12 +5,15 @@ Owns the record, and what must hold for every source. Knows neither file formats
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from export.bundle import Arrays, Output, Preprocessing, Source, Takes, TensorSpec
+from export.bundle.rows import Rows, pieces
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,16 +28,43 @@ class Calibration:
     `identity` says which they are: exporting again with the same changes nothing. `labels`, int64 [N], where known.
     """
 
-    raw: np.ndarray
+    raw: Rows
     identity: str
     labels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model takes, float32 [N, *input.shape[1:]], preprocessed from `raw` where and when `np.asarray` asks."""
+
+    raw: Rows
+    preprocessing: Preprocessing
+    input: TensorSpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *(int(size) for size in self.input.shape[1:]))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, rows: slice) -> ModelInputs:
+        return ModelInputs(self.raw[rows], self.preprocessing, self.input)
+
+    def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> np.ndarray:
+        inputs = self.preprocessing.apply(np.asarray(self.raw), self.input.shape)
+        return inputs if dtype is None else inputs.astype(dtype)
 
 
 @dataclass(frozen=True)
 class Material:
     """What a bundle is made from: the trained `module` (float32, eval mode) and the inputs to hold it to.
 
-    `raw` is an array [N, …] as a user has it, of the first input, and `more_raw` those of further inputs; `labels` are
+    `raw` are rows [N, …] as a user has them, of the first input, and `more_raw` those of further inputs; `labels` are
     int64 [N] or None. `weights` are the bytes of the safetensors file that the bundle keeps.
     """
 
@@ -44,24 +74,23 @@ class Material:
     input: TensorSpec
     output: Output
     preprocessing: Preprocessing
-    raw: np.ndarray
+    raw: Rows
     labels: np.ndarray | None
     class_names: tuple[str, ...] | None
     calibration: Calibration | None = None
     more_inputs: tuple[TensorSpec, ...] = ()
     more_outputs: tuple[Output, ...] = ()
-    more_raw: Arrays = ()
+    more_raw: tuple[Rows, ...] = ()
 
     @property
     def examples(self) -> Arrays:
         """The first two of `inputs`: as few as an export with a symbolic batch takes."""
-        first = self.preprocessing.apply(self.raw[:2], self.input.shape)
-        return (first, *(array[:2] for array in self.more_raw))
+        return tuple(np.asarray(rows[:2]) for rows in self.inputs)
 
     @property
-    def inputs(self) -> Arrays:
-        """Every input of the model: float32 [N, *input.shape[1:]], and the others as they are."""
-        return (self.preprocessing.apply(self.raw, self.input.shape), *self.more_raw)
+    def inputs(self) -> tuple[Rows, ...]:
+        """Every input of the model: float32 [N, *input.shape[1:]], made when it is asked for, and the others."""
+        return (ModelInputs(self.raw, self.preprocessing, self.input), *self.more_raw)
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -86,7 +115,12 @@ def require_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
         )
 
 
-def known(arrays: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """For each of `arrays` [N, …] whether one of `others` [M, …] is the same byte by byte, bool [N]."""
-    seen = {other.tobytes() for other in others}
-    return np.array([array.tobytes() in seen for array in arrays], dtype=bool)
+def known(rows: Rows, others: Rows) -> np.ndarray:
+    """For each of `rows` [N, …] whether one of `others` [M, …] is the same byte by byte, bool [N]."""
+    seen = set(_digests(others))
+    return np.array([digest in seen for digest in _digests(rows)], dtype=bool)
+
+
+def _digests(rows: Rows) -> Iterator[bytes]:
+    for piece in pieces(rows):
+        yield from (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in piece)

@@ -100,7 +100,7 @@ def material(name: str) -> Any:
     if name == ARTICLE:
         return article.load(CHECKPOINT, article.describe(CHECKPOINT), ROOT / "data")
     factory, shape = OWN[name]
-    return own.load(own.Own(f"strategies:{factory.__name__}", input_shape=shape), lambda note: None)
+    return own.load(own.Own(f"strategies:{factory.__name__}", input_shape=shape), lambda note: None, Path())
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -167,8 +167,8 @@ def test_without_inputs_and_without_classes(importable: Path) -> None:
 
 
 def loaded(model: str, **more: Any) -> Material:
-    """With inputs of 3×16×16 unless told otherwise."""
-    return load(Own(model, **{"input_shape": (3, 16, 16), **more}), NOTES.append)
+    """With inputs of 3×16×16 unless told otherwise; what has to be stored lies in the user's folder."""
+    return load(Own(model, **{"input_shape": (3, 16, 16), **more}), NOTES.append, Path())
 
 
 NOTES: list[str] = []

@@ -268,8 +268,9 @@ def test_calibration_that_is_no_good(inputs: np.ndarray, says: str, tmp_path: Pa
     path = tmp_path / "c.npz"
     np.savez(path, inputs=inputs)
     judged = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8)
+    asked = data.Request(path, "--calibration", (3,), tmp_path)
     with pytest.raises(UserError, match=r"--calibration .*c\.npz") as refused:
-        data.read_calibration(path, (3,), judged)
+        data.calibration(data.read_data(asked, print), judged, f"--calibration {path}")
     assert says in str(refused.value)
     assert refused.value.exit_code == 4
 

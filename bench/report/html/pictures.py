@@ -48,7 +48,7 @@ def _inputs(path: str, digest: str) -> Inputs | Missing:
         bundle = Bundle.open(Path(path))
         if bundle.digest != digest:
             return Missing(f"the bundle at `{path}` is another one by now")
-        return Inputs(bundle.oracle().raw, bundle.manifest.class_names)
+        return Inputs(np.asarray(bundle.oracle().raw), bundle.manifest.class_names)
     except BundleError:
         return Missing(f"the bundle is not at `{path}`, or damaged")
 

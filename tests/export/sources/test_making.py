@@ -163,7 +163,7 @@ def pixels(tmp_path: Path) -> Path:
 
 def loaded(said: Own) -> tuple[Any, list[str]]:
     notes: list[str] = []
-    return load(said, notes.append).preprocessing, notes
+    return load(said, notes.append, Path("nothing is stored")).preprocessing, notes
 
 
 def test_pixels_are_taken_as_the_library_declares(pixels: Path) -> None:
