@@ -13,7 +13,7 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,8 +35,9 @@ from export.bundle import (
 )
 from export.bundle.int8 import Int8Layers
 from export.bundle.rows import Rows
-from export.checks import Checked, Checks, first, float32_errors
+from export.checks import CHECK_BATCHES, Checked, Checks, first, float32_errors
 from export.fold.report import FoldReport, Runtime, Strategy
+from export.sources.ends import other_sizes
 from export.variants import File, Plan
 from trainer.errors import EXIT_NEGATIVE, UserError, no_interrupt_lost
 from trainer.provenance import cpu_name, git_commit, installed
@@ -117,40 +118,44 @@ def build(
     from export import oracle as truth
     from export import oracle_file, writing
     from export.fold import fold_batchnorm
-    from export.fold.batchnorm import any_batch, as_module, export_program
+    from export.fold.batchnorm import as_module, export_program
 
     refuse_foreign(target, MANIFEST_NAME)  # here too: nobody should wait for a fold to learn that
     with truth.Outputs64() as oracle_process:
         inputs = material.inputs
         calibration = None if material.calibration is None else material.calibration.identity
         examples = tuple(map(torch.from_numpy, material.examples))
+        few = tuple(np.asarray(rows) for rows in first(inputs, CHECK_BATCHES[1]))
         examples64 = tuple(map(truth.in_float64, examples))
-        batch = any_batch(len(examples))
+        sizes = material.dynamic_shapes()
         say("folding")
-        program = export_program(material.module, examples, batch)
+        program = export_program(material.module, examples, sizes)
         oracle_process.submit(as_module(program), inputs)
         # In float64, so that the fold itself is held to float64's precision; the files get weights rounded once.
         model64 = copy.deepcopy(material.module).double()
-        folded = fold_batchnorm(model64, examples64, dynamic_shapes=batch, strategy=strategy)
+        folded = fold_batchnorm(model64, examples64, dynamic_shapes=sizes, strategy=strategy)
         say(_summary(folded.report))
-        _require_equal(model64, folded.module, inputs)
+        larger = other_sizes((material.input, *material.more_inputs), few)
+        for given in (inputs, larger):
+            if given is not None:
+                _require_equal(model64, folded.module, given)
         chosen = strategy in ("auto", "all")
-        for_torch = _folded_for_torch(model64, examples64, folded, strategy) if chosen else folded
+        for_torch = _folded_for_torch(model64, examples64, sizes, folded, strategy) if chosen else folded
         if for_torch is not folded:
             say("for torch:\n" + _summary(for_torch.report))
             _require_equal(model64, for_torch.module, inputs)
         ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
-        networks = writing.networks(plan, model64, ways, examples64, strategy)
+        networks = writing.networks(plan, model64, ways, examples64, sizes, strategy)
         for network in networks.values():
             _require_equal(model64, network, inputs)
         if any(file.takes == "raw" for file in plan.files):
             _require_equal_from_raw(model64, networks, material)
         with building(target, MANIFEST_NAME) as folder:
             say(f"writing, and computing the float64 oracle of {len(material.raw)} inputs")
-            onnx_program = export_program(folded.module.float(), examples, batch)
+            onnx_program = export_program(folded.module.float(), examples, sizes)
             torch_program = onnx_program
             if for_torch is not folded:
-                torch_program = export_program(for_torch.module.float(), examples, batch)
+                torch_program = export_program(for_torch.module.float(), examples, sizes)
             entries = _write_files(folder, material, program, onnx_program, torch_program, for_torch.module, say)
             (folder / "checkpoint.safetensors").write_bytes(material.weights)
             logits, *more_outputs = oracle_process.wait()
@@ -165,7 +170,11 @@ def build(
                 raise ExportRefused("The unfolded model's float32 outputs are not finite: it overflows.")
             kept: dict[Runtime, int] = {runtime: len(way.report.kept) for runtime, way in ways.items()}
             tolerances = Tolerances(float32_rms_error=error, more_float32_rms_errors=tuple(more_errors))
-            checks = Checks(folder, oracle, inputs, material.outputs, kept, tolerances)
+            elsewhere = None
+            if larger is not None:
+                logits, *more_outputs = truth.outputs64(model64, larger)
+                elsewhere = larger, Oracle(larger[0], None, logits, larger[1:], tuple(more_outputs))
+            checks = Checks(folder, oracle, inputs, material.outputs, kept, tolerances, elsewhere)
             for entry in entries:
                 if (problem := checks.check(entry).problem) is not None:
                     raise ExportRefused(f"{entry.path} is not right: {problem}.")
@@ -203,14 +212,16 @@ def build(
 
 
 def _folded_for_torch(
-    model64: nn.Module, examples64: tuple[torch.Tensor, ...], folded: Folded, strategy: Strategy
+    model64: nn.Module,
+    examples64: tuple[torch.Tensor, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+    folded: Folded,
+    strategy: Strategy,
 ) -> Folded:
     """The network as `strategy` folds it for torch; `folded` itself where that is the same."""
     from export.fold import fold_batchnorm
-    from export.fold.batchnorm import any_batch
 
-    batch = any_batch(len(examples64))
-    other = fold_batchnorm(model64, examples64, dynamic_shapes=batch, strategy=strategy, runtime="torch")
+    other = fold_batchnorm(model64, examples64, dynamic_shapes=dynamic_shapes, strategy=strategy, runtime="torch")
     return folded if _ways(other.report) == _ways(folded.report) else other
 
 

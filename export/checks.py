@@ -15,7 +15,7 @@ import numpy as np
 
 from export.bundle import BOX_KINDS, Arrays, CpuVerdict, FileEntry, Oracle, Output, Tolerances
 from export.bundle.rows import Rows
-from export.bundle.verdict import departure, judge_all, rms_error
+from export.bundle.verdict import all_at_batch, departure, judge_all, rms_error
 from export.fold.report import Runtime
 from export.formats.running import Run, run_in_batches
 
@@ -39,7 +39,8 @@ class Checks:
     """What the files in a folder are held to: the oracle, whose inputs the model takes as `inputs`, [N, …] each, and
     whose outputs are `outputs`.
 
-    `kept` is how many BatchNorms the network has left that is folded for each runtime.
+    `kept` is how many BatchNorms the network has left that is folded for each runtime. `elsewhere` are inputs of other
+    sizes with their oracle, where sizes may vary.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Checks:
     outputs: tuple[Output, ...]
     kept: dict[Runtime, int]
     tolerances: Tolerances
+    elsewhere: tuple[Arrays, Oracle] | None = None
 
     def check(self, entry: FileEntry) -> Checked:
         """Load a file again, run it, and judge what it gives."""
@@ -63,9 +65,19 @@ class Checks:
         if problem is None:
             few = run_in_batches(run, first(taken, 3 * odd), odd, self.outputs)
             problem = self._failure(few, entry) if strict else departure(few, outputs, self.oracle)
+        if problem is None and entry.takes == "preprocessed":
+            problem = self._other_sizes(run, entry)
         cpus = self._cpus(entry, taken[0], outputs[0]) if problem is None and entry.precision == "int8" else ()
         broken = [f"on a CPU of the kind {each.cpu} {'; '.join(each.failures)}" for each in cpus if each.failures]
         return Checked(problem or "; ".join(broken) or None, cpus)
+
+    def _other_sizes(self, run: Run, entry: FileEntry) -> str | None:
+        if self.elsewhere is None:
+            return None
+        inputs, truth = self.elsewhere
+        outputs = run_in_batches(run, inputs, len(inputs[0]), self.outputs)
+        problem = all_at_batch(outputs, truth, self.outputs, self.tolerances, entry.precision)
+        return None if problem is None else f"at other sizes, {problem}"
 
     def _failure(self, outputs: Arrays, entry: FileEntry) -> str | None:
         truth = self.oracle.first(len(outputs[0]))

@@ -20,7 +20,8 @@ from trainer.errors import EXIT_NEGATIVE, UserError
 from trainer.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle, FileEntry
+    from export.bundle import Bundle, FileEntry, OutputKind
+    from export.sources.ends import Given
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -33,16 +34,22 @@ StrategyOption = Annotated[
 ]
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _inputs(texts: list[str]) -> tuple[Given, ...]:
+    from export.sources.ends import Given
+
     try:
-        shape = tuple(int(size) for size in text.split("x"))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise typer.BadParameter(
-            f"{text!r} is no shape of one input; expected sizes like 3x224x224, without the batch."
-        )
-    return shape
+        return tuple(map(Given.parse, texts))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _outputs(texts: list[str]) -> dict[str, OutputKind]:
+    from export.sources.ends import parse_output
+
+    try:
+        return dict(map(parse_output, texts))
+    except ValueError as error:
+        raise typer.BadParameter(f"--output {error}") from None
 
 
 def _sides(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -105,7 +112,23 @@ def export(
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="With timm:NAME or torchvision:NAME: the library's own weights.")
     ] = False,
-    input: Annotated[str | None, typer.Option(help="With --model: the shape of one input, e.g. 3x224x224.")] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SIZES[:DTYPE]",
+            help="With --model: the shape of one input, e.g. 3x224x224; 3x224?x224? where height and width may vary. "
+            "Of several inputs, once for each, in the model's order: image=3x224x224 mask=16:int64",
+        ),
+    ] = None,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:KIND",
+            help="With --model: what an output is made of: scores (of classes, along the first axis after the batch), "
+            "values, choices (whole numbers), boxes, box_scores, box_classes. Default: scores of one row, else values, "
+            "or choices. Repeatable.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -175,7 +198,7 @@ def export(
             _arguments(model_args),
             weights,
             pretrained,
-            None if input is None else _shape(input),
+            _inputs(input or []),
             data,
             calibration,
             scale,
@@ -186,11 +209,17 @@ def export(
             _sides("--resize", resize),
             _sides("--crop", crop),
             interpolation,
+            _outputs(output or []),
         )
         scratch = context.with_resource(tempfile.TemporaryDirectory(prefix="ninefold-"))
         material = own.load(said, print, Path(scratch))
         uncalibrated = None if material.calibration else "int8 needs inputs to take its ranges from: --calibration"
-        plan = variants.plan(asked, aoti, variants.raw_refusal(material.preprocessing), uncalibrated, max_drop)
+        refusals = variants.raw_refusal(material.preprocessing), uncalibrated
+        if material.more_inputs:
+            refusals = "the preprocessing is put before networks of one input alone", refusals[1]
+        if material.more_inputs or material.more_outputs:
+            refusals = refusals[0], "int8 is made of networks with one input and one output alone"
+        plan = variants.plan(asked, aoti, *refusals, max_drop)
         if max_drop is not None and material.calibration is not None and material.calibration.labels is None:
             raise UserError(f"--max-drop needs `labels` in --calibration {calibration}: what drops is top-1.")
     else:
@@ -199,6 +228,7 @@ def export(
             ("--pretrained", pretrained or None),
             ("--model-args", model_args),
             ("--input", input),
+            ("--output", output),
             ("--data", data),
             ("--samples", samples),
             ("--resize", resize),

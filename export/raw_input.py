@@ -34,8 +34,8 @@ class FromRaw(nn.Module):
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, input: TensorSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.sizes = tuple(int(size) for size in input.shape[1:])
-        axis = (1, -1, *[1] * (len(self.sizes) - 1))
+        self.input = input
+        axis = (1, -1, *[1] * (len(input.shape) - 2))
         std = np.asarray(preprocessing.std, np.float64).reshape(axis)
         mean = np.asarray(preprocessing.mean, np.float64).reshape(axis)
         self.register_buffer("factor", torch.from_numpy(preprocessing.scale / std).to(dtype))
@@ -43,14 +43,19 @@ class FromRaw(nn.Module):
 
     def forward(self, raw: torch.Tensor) -> Any:
         """Raw [N, …] of any dtype → what the model returns."""
-        x = raw.reshape(raw.shape[0], *self.sizes).to(self.dtype)
+        x = _shaped(raw, self.input).to(self.dtype)
         return self.model(x * self.factor - self.offset)
 
 
 def reference(model64: nn.Module, preprocessing: Preprocessing, input: TensorSpec, raw: torch.Tensor) -> Any:
     """What a float64 model makes of raw inputs, by the preprocessing's own expression in float64."""
-    sizes = tuple(int(size) for size in input.shape[1:])
-    axis = (1, -1, *[1] * (len(sizes) - 1))
+    axis = (1, -1, *[1] * (len(input.shape) - 2))
     mean = torch.tensor(preprocessing.mean, dtype=torch.float64).reshape(axis)
     std = torch.tensor(preprocessing.std, dtype=torch.float64).reshape(axis)
-    return model64((raw.reshape(len(raw), *sizes).double() * preprocessing.scale - mean) / std)
+    return model64((_shaped(raw, input).double() * preprocessing.scale - mean) / std)
+
+
+def _shaped(raw: torch.Tensor, input: TensorSpec) -> torch.Tensor:
+    """Raw [N, …] in the shape of the model's input; as it is where any size may vary, since then it has that shape."""
+    sizes = [size for size in input.shape[1:] if isinstance(size, int)]
+    return raw.reshape(raw.shape[0], *sizes) if len(sizes) == len(input.shape) - 1 else raw

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from export.bundle import Int8Layers, Tolerances
 from export.bundle.rows import Rows
 from export.fold import Folded, fold_batchnorm
-from export.fold.batchnorm import any_batch, export_program
+from export.fold.batchnorm import export_program
 from export.fold.report import Runtime, Strategy
 from export.formats import aoti, onnx_file, onnx_int8, openvino_file, pt2
 from export.int8.ranking import Ranked
@@ -46,6 +46,7 @@ def networks(
     model64: nn.Module,
     folded: Mapping[Runtime, Folded],
     examples64: tuple[torch.Tensor, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
     strategy: Strategy,
 ) -> Networks:
     """What the plan's files are made from; it shares nothing with `folded`, the float32 network of each runtime."""
@@ -54,12 +55,16 @@ def networks(
         runtime: copy.deepcopy(way.module) for runtime, way in folded.items() if runtime in kinds
     }
     if "int8" in kinds:
-        made["int8"] = _for_int8(model64, folded["onnxruntime"], examples64, strategy)
+        made["int8"] = _for_int8(model64, folded["onnxruntime"], examples64, dynamic_shapes, strategy)
     return made
 
 
 def _for_int8(
-    model64: nn.Module, folded: Folded, examples64: tuple[torch.Tensor, ...], strategy: Strategy
+    model64: nn.Module,
+    folded: Folded,
+    examples64: tuple[torch.Tensor, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+    strategy: Strategy,
 ) -> nn.Module:
     """The network as int8 runs it fastest: activations before pooling, and channels of ones where `auto` may choose.
 
@@ -69,8 +74,7 @@ def _for_int8(
     3.10 with a bias map and ReLU after pooling.
     """
     if strategy in ("auto", "all"):
-        batch = any_batch(len(examples64))
-        with_ones = fold_batchnorm(model64, examples64, dynamic_shapes=batch, strategy="ones")
+        with_ones = fold_batchnorm(model64, examples64, dynamic_shapes=dynamic_shapes, strategy="ones")
         if len(with_ones.report.kept) <= len(folded.report.kept):
             return _activations_first(with_ones.module)
     return _activations_first(copy.deepcopy(folded.module))
@@ -207,7 +211,7 @@ def _program(file: File, network64: nn.Module, material: Material) -> torch.expo
     if file.takes == "raw":
         network = FromRaw(network, material.preprocessing, material.input, torch.float32)
         examples = (torch.from_numpy(np.array(material.raw[:2])),)
-    return export_program(network.eval(), examples, any_batch(len(examples)))
+    return export_program(network.eval(), examples, material.dynamic_shapes(file.takes))
 
 
 def _calibration_inputs(file: File, material: Material) -> tuple[Rows, Rows, np.ndarray | None]:

@@ -23,7 +23,6 @@ from bench.report.wording import (
     spread_words,
 )
 from bench.results.compare import Compared
-from bench.results.parity import ParityVerdict
 from bench.results.queries import champion, finished_rows, right_rows
 from bench.results.roofline import Point
 from bench.results.scenario import LoadGenRun, ScenarioRow
@@ -33,17 +32,21 @@ from bench.results.studies import Candidate
 from bench.results.terms import TIMINGS, Scenario, Timing
 from export.bundle import CpuVerdict, FoldReport
 from export.bundle.int8 import CPU_WORDS
+from export.bundle.verdict import OutputVerdict, Verdict
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A subject of a result. `name` is what the result is called."""
+    """A subject of a result. `name` is what the result is called; `output` is one of several, None for the first and
+    for what all come to.
+    """
 
     result: Result
     subject: SubjectResult
     name: str = ""
+    output: OutputVerdict | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,13 @@ class Norm:
 
 
 def judged(result: Result) -> list[Judged]:
-    """The subjects that have a verdict."""
-    return [Judged(result, subject) for subject in result.subjects if subject.parity is not None]
+    """The subjects that have a verdict; of models with several outputs once for each."""
+    return [
+        Judged(result, subject, output=output)
+        for subject in result.subjects
+        if subject.parity is not None
+        for output in (None, *subject.parity.further)
+    ]
 
 
 def measured(result: Result, rows: Sequence[Row] | None = None) -> list[Measured]:
@@ -109,7 +117,7 @@ def timed(result: Result, name: str) -> Iterator[Measured]:
     """A line for each subject, batch size and timing; of a subject that was judged and not timed, one without a row."""
     for subject in result.subjects:
         rows = [row for row in finished_rows(result) if row.subject == subject.label]
-        yield from (Measured(result, subject, name, row, timing) for row in rows for timing in TIMINGS)
+        yield from (Measured(result, subject, name, row=row, timing=timing) for row in rows for timing in TIMINGS)
         if not rows:
             yield Measured(result, subject, name)
 
@@ -327,11 +335,25 @@ UNBEATEN: Column[Measured] = Column("unbeaten", unbeaten, lambda value: "yes" if
 # -- a verdict -------------------------------------------------------------------------------------------------------
 
 
-def of_parity(value: Callable[[ParityVerdict], Any]) -> Callable[[Judged], Any]:
+def of_parity(value: Callable[[Verdict], Any]) -> Callable[[Judged], Any]:
     """The value of a verdict, where there is one."""
-    return lambda item: None if item.subject.parity is None else value(item.subject.parity)
+
+    def of(item: Judged) -> Any:
+        verdict = item.subject.parity if item.output is None else item.output.verdict
+        return None if verdict is None else value(verdict)
+
+    return of
 
 
+def _output(item: Judged) -> str | None:
+    several = item.subject.parity is not None and item.subject.parity.further
+    if not several:
+        return None
+    return "first, and all" if item.output is None else item.output.name
+
+
+OUTPUT: Column[Judged] = Column("output", _output, words=True, optional=True)
+CHANGED: Column[Judged] = Column("changed %", of_parity(lambda p: p.changed_percent), rounded(".3g"), optional=True)
 PASSED: Column[Judged] = Column("parity", of_parity(lambda p: p.passed), passed, fields={"parity_passed": itself})
 WHY_NOT: Column[Judged] = Column(
     "why not", of_parity(lambda p: p.failures or None), "; ".join, words=True, optional=True
@@ -471,9 +493,11 @@ TRADE_OFF: tuple[Column[Measured], ...] = (
 ROOFLINE: tuple[Column[Measured], ...] = (BACKEND, BATCH, ARITHMETIC, MEMORY, BINDS)
 PARITY: tuple[Column[Judged], ...] = (
     BACKEND,
+    OUTPUT,
     replace(PASSED, name="verdict"),
     FILE,
     IMAGES,
+    CHANGED,
     TOP1,
     ORACLE_TOP1,
     FLIPS,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from export.bundle.manifest import BundleError as BundleError
     from export.bundle.manifest import CpuVerdict as CpuVerdict
     from export.bundle.manifest import DataFile as DataFile
+    from export.bundle.manifest import Dimension as Dimension
     from export.bundle.manifest import Environment as Environment
     from export.bundle.manifest import FileEntry as FileEntry
     from export.bundle.manifest import FoldReport as FoldReport

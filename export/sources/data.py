@@ -83,11 +83,6 @@ def calibration(given: Data, raw: Rows, where: str) -> Calibration:
     return Calibration(inputs, contents.hexdigest(), labels)
 
 
-def random_inputs(input_shape: tuple[int, ...]) -> np.ndarray:
-    """Normally distributed inputs, float32 [RANDOM_INPUTS, *input_shape], the same every time."""
-    return np.random.default_rng(0).standard_normal((RANDOM_INPUTS, *input_shape), dtype=np.float32)
-
-
 def _evenly(count: int, samples: int | None) -> list[int] | None:
     """Which of `count` to take, from the first on in even steps; None for all."""
     if samples is None or samples >= count:

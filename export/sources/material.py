@@ -14,6 +14,7 @@ import numpy as np
 
 from export.bundle import Arrays, Output, Preprocessing, Source, Takes, TensorSpec
 from export.bundle.rows import Rows, pieces
+from export.sources.ends import dynamic_shapes
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Material:
     def outputs(self) -> tuple[Output, ...]:
         """Every output, in the order in which the model gives them."""
         return (self.output, *self.more_outputs)
+
+    def dynamic_shapes(self, takes: Takes = "preprocessed") -> tuple[dict[int, Any], ...]:
+        """Those of torch.export, for a network that takes the first input so."""
+        taken = self.preprocessing.raw if takes == "raw" else self.input
+        return dynamic_shapes((taken, *self.more_inputs))
 
     def names(self, takes: Takes) -> tuple[list[str], list[str]]:
         """What the inputs and the outputs are called in a file that takes the first input so."""

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.bundle import Output, Preprocessing, Source, TensorSpec
-from export.sources.data import Data, Request, calibration, random_inputs, read_data
+from export.bundle import Arrays, Dimension, Output, OutputKind, Preprocessing, Source, TensorSpec
+from export.bundle.rows import Rows
+from export.sources.arrays import arrays_in
+from export.sources.data import RANDOM_INPUTS, Data, Request, calibration, read_data
+from export.sources.ends import Given, other_sizes, outputs_of, random_inputs
 from export.sources.framing import Framing, Interpolation
 from export.sources.making import Declared, make
 from export.sources.material import Material, require_finite
@@ -27,20 +30,20 @@ PIXELS = 1 / 255
 class Own:
     """What a user says of a model.
 
-    `model`, `arguments`, `weights` and `pretrained` are as for `export.sources.making.make`. `input_shape` is the shape
-    of one input, batch left out; None where the library declares it. `data` is a file with `inputs` [N, *input_shape]
-    and optionally `labels` [N], or a folder of images; without one, normally distributed inputs stand in, and there are
-    no labels. `calibration` is such a place with other inputs, for int8. `samples` and `calibration_samples` are how
-    many of them are taken at most. `resize`, `crop` and `interpolation` are what is done to images (`Framing`).
-    `scale`, `mean` and `std`, one value or one for each channel, take the inputs to what the model takes:
-    (x · scale - mean) / std. None where nothing is said.
+    `model`, `arguments`, `weights` and `pretrained` are as for `export.sources.making.make`. `inputs` are in the order
+    in which the model takes them; none where the library declares its one. `outputs` says of some what they are made
+    of. `data` is a file with `inputs` [N, *shape], arrays by the names of further inputs and optionally `labels` [N],
+    or a folder of images; without one, random inputs stand in, and there are no labels. `calibration` is such a place
+    with other inputs, for int8. `samples` and `calibration_samples` are how many of them are taken at most. `resize`,
+    `crop` and `interpolation` are what is done to images (`Framing`). `scale`, `mean` and `std`, one value or one for
+    each channel, take the inputs to what the model takes: (x · scale - mean) / std. None where nothing is said.
     """
 
     model: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     weights: Path | None = None
     pretrained: bool = False
-    input_shape: tuple[int, ...] | None = None
+    inputs: tuple[Given, ...] = ()
     data: Path | None = None
     calibration: Path | None = None
     scale: float | None = None
@@ -51,6 +54,7 @@ class Own:
     resize: tuple[int, ...] | None = None
     crop: tuple[int, ...] | None = None
     interpolation: Interpolation | None = None
+    outputs: Mapping[str, OutputKind] = field(default_factory=dict)
 
 
 def load(own: Own, say: Callable[[str], None], scratch: Path) -> Material:
@@ -58,57 +62,110 @@ def load(own: Own, say: Callable[[str], None], scratch: Path) -> Material:
 
     `scratch` is a folder for inputs that can't be read from where they lie; it has to last as long as the material.
     """
-    import torch
-
     _require_used(own)
     made = make(own.model, own.arguments, own.weights, own.pretrained)
     for note in made.notes:
         say(note)
-    module, shape = made.module, own.input_shape or (made.declared.shape if made.declared else None)
-    if shape is None:
-        raise UserError("--model needs --input, the shape of one input, for example 3x224x224.", EXIT_USAGE)
+    module, inputs = made.module, own.inputs
+    if not inputs and made.declared is not None:
+        inputs = (Given(made.declared.shape, (False,) * len(made.declared.shape)),)
+    _require_inputs(inputs)
+    shape = inputs[0].shape
     require_finite(dict([*module.named_parameters(), *module.named_buffers()]), str(own.weights or own.model))
     framing = _framing(own, made.declared)
-    given = Data(random_inputs(shape), None)
+    given = Data(random_inputs(inputs[0], RANDOM_INPUTS), None)
     if own.data is not None:
         given = read_data(Request(own.data, "--data", shape, scratch, own.samples, framing), say)
-    preprocessing = _preprocessing(own, made.declared, given, shape, say)
+    preprocessing = _preprocessing(own, made.declared, given, inputs[0], say)
     if own.data is not None and own.data.is_dir():
         preprocessing = preprocessing.model_copy(update={"outside": framing.steps(shape[0])})
-    input_spec = TensorSpec(name="input", dtype="float32", shape=("batch", *shape))
-    try:
-        with torch.no_grad():
-            output = module(torch.from_numpy(preprocessing.apply(np.asarray(given.inputs[:2]), input_spec.shape)))
-    except Exception as error:  # whatever the user's own code raises
-        raise UserError(
-            f"{own.model} does not take an input of shape {['batch', *shape]}: {type(error).__name__}: {error}. "
-            "State the shape of one input with --input, for example 3x224x224."
-        ) from error
-    if not isinstance(output, torch.Tensor) or output.dim() < 2 or len(output) != 2:
-        raise UserError(
-            f"{own.model} returns {type(output).__name__}, expected one tensor whose first dimension is the batch. "
-            "Wrap the model in a module that returns the tensor to compare."
-        )
-    outputs = tuple(output.shape[1:])
-    given = _labelled(given, outputs, f"--data {own.data}", say)
+    specs = tuple(each.spec(each.name or "input") for each in inputs)
+    more = _more_inputs(own, inputs[1:], len(given.inputs), scratch)
+    first = preprocessing.apply(np.asarray(given.inputs[:2]), specs[0].shape)
+    output, *more_outputs = _outputs(own, module, specs, (first, *(np.asarray(rows[:2]) for rows in more)))
+    given = _labelled(given, output.shape[1:], f"--data {own.data}", say)
     calibrated = None
     if own.calibration is not None:
         where = f"--calibration {own.calibration}"
         asked = Request(own.calibration, "--calibration", shape, scratch, own.calibration_samples, framing)
         others = read_data(asked, say)
-        calibrated = calibration(_labelled(others, outputs, where, say), given.inputs, where)
+        calibrated = calibration(_labelled(others, output.shape[1:], where, say), given.inputs, where)
     stored = _stored_weights(module)
     return Material(
         module,
         stored,
         Source(factory=own.model, checkpoint_sha256=hashlib.sha256(stored).hexdigest()),
-        input_spec,
-        Output(name="output", dtype="float32", shape=("batch", *outputs)),
+        specs[0],
+        output,
         preprocessing,
         given.inputs,
         given.labels,
         given.class_names,
         calibrated,
+        specs[1:],
+        tuple(more_outputs),
+        more,
+    )
+
+
+def _require_inputs(inputs: tuple[Given, ...]) -> None:
+    """Raises UserError where they can't be told apart, or there are none."""
+    if not inputs:
+        raise UserError("--model needs --input, the shape of one input, for example 3x224x224.", EXIT_USAGE)
+    names = [each.name for each in inputs]
+    if len(inputs) > 1 and (None in names or len(set(names)) < len(names)):
+        raise UserError(
+            "Of several inputs each --input needs a name of its own, in the order in which the model takes them: "
+            "--input image=3x224x224 --input mask=1x224x224.",
+            EXIT_USAGE,
+        )
+    if inputs[0].dtype != "float32":
+        raise UserError(
+            f"The first input is {inputs[0].dtype}; it is the one that is preprocessed, and that makes float32. Wrap "
+            "the model in a module that takes its floats first.",
+            EXIT_USAGE,
+        )
+
+
+def _more_inputs(own: Own, inputs: tuple[Given, ...], count: int, scratch: Path) -> tuple[Rows, ...]:
+    """Further inputs [count, …], from the same file as the first or random like it. Raises UserError."""
+    if not inputs:
+        return ()
+    if own.data is None:
+        return tuple(random_inputs(each, count) for each in inputs)
+    if own.data.is_dir() or own.samples is not None:
+        raise UserError("Several inputs are read whole, from one .npz or .safetensors file.", EXIT_USAGE)
+    arrays = arrays_in(own.data, "--data", scratch)
+    for each in inputs:
+        rows, wanted = arrays.get(str(each.name)), [count, *each.shape]
+        if rows is None or list(rows.shape) != wanted or rows.dtype != each.dtype:
+            have = "nothing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
+            raise UserError(f"--data {own.data} has {have} as {each.name!r}; expected {each.dtype} {wanted}.")
+    return tuple(arrays[str(each.name)] for each in inputs)
+
+
+def _outputs(own: Own, module: nn.Module, specs: tuple[TensorSpec, ...], examples: Arrays) -> tuple[Output, ...]:
+    """What the model gives for two examples, and for larger ones where sizes may vary. Raises UserError."""
+    import torch
+
+    def call(arrays: Arrays) -> Any:
+        shapes = ", ".join(str(["batch", *array.shape[1:]]) for array in arrays)
+        try:
+            with torch.no_grad():
+                return module(*map(torch.from_numpy, arrays))
+        except Exception as error:  # whatever the user's own code raises
+            raise UserError(
+                f"{own.model} does not take {'an input' if len(arrays) == 1 else 'inputs'} of shape {shapes}: "
+                f"{type(error).__name__}: {error}. State the shape of one input with --input, for example 3x224x224; "
+                "of several with names, in the order in which the model takes them."
+            ) from error
+
+    larger = other_sizes(specs, examples)
+    outputs = outputs_of(call(examples), None if larger is None else call(larger), own.outputs, own.model)
+    taken = {spec.name for spec in specs}
+    return tuple(
+        output.model_copy(update={"name": output.name + "_out"}) if output.name in taken else output
+        for output in outputs
     )
 
 
@@ -136,7 +193,7 @@ def _framing(own: Own, declared: Declared | None) -> Framing:
     return replace(framing, interpolation=own.interpolation)
 
 
-def _labelled(given: Data, outputs: tuple[int, ...], where: str, say: Callable[[str], None]) -> Data:
+def _labelled(given: Data, outputs: tuple[Dimension, ...], where: str, say: Callable[[str], None]) -> Data:
     """The inputs with those labels that are classes of a model with such `outputs`, and the names of these classes.
 
     Folders number their classes themselves, so where there are more or fewer the numbers mean something else. Raises
@@ -150,20 +207,21 @@ def _labelled(given: Data, outputs: tuple[int, ...], where: str, say: Callable[[
             "which class is not known, so there are no labels. A folder for each class, even if empty, would say it"
         )
         return replace(given, labels=None, class_names=None)
-    if len(outputs) == 1 and not ((given.labels >= 0) & (given.labels < outputs[0])).all():
+    classes = outputs[0] if len(outputs) == 1 else None
+    if isinstance(classes, int) and not ((given.labels >= 0) & (given.labels < classes)).all():
         raise UserError(
-            f"{where}: `labels` go from {given.labels.min()} to {given.labels.max()}, the model has {outputs[0]} "
+            f"{where}: `labels` go from {given.labels.min()} to {given.labels.max()}, the model has {classes} "
             "classes, from 0 on. Leave inputs without a class out."
         )
     return given
 
 
 def _preprocessing(
-    own: Own, declared: Declared | None, given: Data, shape: tuple[int, ...], say: Callable[[str], None]
+    own: Own, declared: Declared | None, given: Data, first: Given, say: Callable[[str], None]
 ) -> Preprocessing:
     """What the user says of the inputs; of pixels of which nothing is said, what the library declares, if it does."""
     scale, mean, std = own.scale, own.mean, own.std
-    channels = shape[0] if len(shape) > 1 else shape[-1]
+    channels = first.shape[0]
     if scale is None and mean is None and std is None:
         applies = declared is not None and len(declared.mean) in (1, channels)
         if given.inputs.dtype == np.uint8 and declared is not None and applies:
@@ -183,7 +241,7 @@ def _preprocessing(
     if std is not None and 0 in std:
         raise UserError("--std divides: none of its values may be 0.", EXIT_USAGE)
     return Preprocessing(
-        raw=TensorSpec(name="input", dtype=str(given.inputs.dtype), shape=("batch", *shape)),
+        raw=first.spec(first.name or "input", str(given.inputs.dtype)),
         scale=1.0 if scale is None else scale,
         mean=mean or (0.0,),
         std=std or (1.0,),

@@ -96,11 +96,13 @@ ARTICLE = "the article's, trained"
 def material(name: str) -> Any:
     """What `export.build` makes a bundle from."""
     from export.sources import article, own
+    from export.sources.ends import Given
 
     if name == ARTICLE:
         return article.load(CHECKPOINT, article.describe(CHECKPOINT), ROOT / "data")
     factory, shape = OWN[name]
-    return own.load(own.Own(f"strategies:{factory.__name__}", input_shape=shape), lambda note: None, Path())
+    given = Given(shape, (False,) * len(shape))
+    return own.load(own.Own(f"strategies:{factory.__name__}", inputs=(given,)), lambda note: None, Path())
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from bench.results.schema import Result
 from bench.run.rounds import run as run_plan
 from export.build import build
 from export.bundle import Bundle, BundleError
+from export.sources.ends import Given
 from export.sources.material import Material
 from export.sources.own import Own, load
 from trainer.errors import UserError
@@ -168,7 +169,7 @@ def test_without_inputs_and_without_classes(importable: Path) -> None:
 
 def loaded(model: str, **more: Any) -> Material:
     """With inputs of 3×16×16 unless told otherwise; what has to be stored lies in the user's folder."""
-    return load(Own(model, **{"input_shape": (3, 16, 16), **more}), NOTES.append, Path())
+    return load(Own(model, **{"inputs": (Given((3, 16, 16), (False,) * 3),), **more}), NOTES.append, Path())
 
 
 NOTES: list[str] = []
@@ -253,7 +254,7 @@ def test_data_that_is_no_good(arrays: dict[str, np.ndarray] | None, importable: 
 @pytest.mark.usefixtures("importable")
 def test_an_input_the_model_does_not_take() -> None:
     with pytest.raises(UserError, match="--input") as refused:
-        loaded("mine.nets:net", input_shape=(1, 16, 16))
+        loaded("mine.nets:net", inputs=(Given((1, 16, 16), (False,) * 3),))
     assert refused.value.exit_code == 4
 
 

@@ -35,7 +35,7 @@ def test_what_is_no_input_is_refused(text: str) -> None:
 def test_outputs_are_read() -> None:
     assert parse_output("out:scores") == ("out", "scores")
     with pytest.raises(ValueError, match="expected NAME:KIND"):
-        parse_output("out:boxes")
+        parse_output("out:circles")
 
 
 def test_one_name_is_one_dimension() -> None:

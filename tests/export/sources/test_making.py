@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from export.sources import making, own
+from export.sources.ends import Given
 from export.sources.making import make
 from export.sources.own import Own, load
 from trainer.errors import UserError
@@ -178,7 +179,7 @@ def test_pixels_are_taken_as_the_library_declares(pixels: Path) -> None:
 def test_what_the_user_says_of_the_inputs(tmp_path: Path) -> None:
     path = tmp_path / "d.npz"
     np.savez(path, inputs=np.zeros((4, 3), np.uint8))
-    shape = {"input_shape": (3,), "data": path}
+    shape = {"inputs": (Given((3,), (False,)),), "data": path}
     found, notes = loaded(Own("made_here:linear", **shape))  # type: ignore[arg-type]
     assert found.scale == 1
     assert "0 to 255" in notes[0]
