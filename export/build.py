@@ -13,7 +13,7 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from export.fold import Folded
     from export.sources.material import Material
-    from export.writing import Networks, Writer
+    from export.writing import Networks, Written
 
 EXACT = 1e-12
 """Largest relative difference, in float64, between the folded network and the unfolded one."""
@@ -134,7 +134,7 @@ def build(
         # In float64, so that the fold itself is held to float64's precision; the files get weights rounded once.
         model64 = copy.deepcopy(material.module).double()
         folded = fold_batchnorm(model64, examples64, dynamic_shapes=sizes, strategy=strategy)
-        say(_summary(folded.report))
+        say(summary(folded.report))
         larger = other_sizes((material.input, *material.more_inputs), few)
         for given in (inputs, larger):
             if given is not None:
@@ -142,7 +142,7 @@ def build(
         chosen = strategy in ("auto", "all")
         for_torch = _folded_for_torch(model64, examples64, sizes, folded, strategy) if chosen else folded
         if for_torch is not folded:
-            say("for torch:\n" + _summary(for_torch.report))
+            say("for torch:\n" + summary(for_torch.report))
             _require_equal(model64, for_torch.module, inputs)
         ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
         networks = writing.networks(plan, model64, ways, examples64, sizes, strategy)
@@ -178,15 +178,9 @@ def build(
             for entry in entries:
                 if (problem := checks.check(entry).problem) is not None:
                     raise ExportRefused(f"{entry.path} is not right: {problem}.")
-            left_out = list(plan.left_out)
             with writing.Writer(networks, material, folder, plan.max_drop) as writer:
-                for file in plan.files:
-                    made = _variant(file, writer, checks, say)
-                    if isinstance(made, FileEntry):
-                        entries.append(made)
-                        continue
-                    left_out.append(LeftOut(what=file.name, reason=made, asked_for=file.name in plan.by_name))
-                    say(f"left out {file.name}: {made}")
+                made, lacking = variants_of(plan, writer, checks, say)
+            entries += made
             manifest = Manifest(
                 schema_version=1,
                 name=target.name,
@@ -198,13 +192,13 @@ def build(
                 preprocessing=material.preprocessing,
                 class_names=material.class_names,
                 files=tuple(entries),
-                left_out=tuple(left_out),
-                checkpoint=_data_file(folder / "checkpoint.safetensors"),
-                oracle=_data_file(folder / "oracle.safetensors"),
+                left_out=(*plan.left_out, *lacking),
+                checkpoint=data_file(folder / "checkpoint.safetensors"),
+                oracle=data_file(folder / "oracle.safetensors"),
                 fold=folded.report,
                 fold_for_torch=None if for_torch is folded else for_torch.report,
                 tolerances=tolerances,
-                environment=_environment(plan),
+                environment=environment_of(plan),
                 fingerprint=fingerprint(material.source, strategy, plan, calibration),
             )
             (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
@@ -249,7 +243,7 @@ def _write_files(
 
     def entry(name: str, format: Format, folded: bool, opset: int | None = None) -> FileEntry:
         return FileEntry(
-            **_data_file(folder / name).model_dump(), format=format, precision="float32", folded=folded, opset=opset
+            **data_file(folder / name).model_dump(), format=format, precision="float32", folded=folded, opset=opset
         )
 
     entries = [
@@ -267,7 +261,32 @@ def _write_files(
     return entries
 
 
-def _variant(file: File, writer: Writer, checks: Checks, say: Callable[[str], None]) -> FileEntry | str:
+class FileWriter(Protocol):
+    """What writes the files of a plan: `export.writing.Writer`, or that of another source."""
+
+    def write(self, file: File) -> Written:
+        """Write one file into the bundle's folder; raises whatever its format's writer does."""
+
+    def int8_layers(self, file: File) -> Int8Layers | None:
+        """Where the error of an int8 file comes from, once that is known."""
+
+
+def variants_of(
+    plan: Plan, writer: FileWriter, checks: Checks, say: Callable[[str], None]
+) -> tuple[list[FileEntry], list[LeftOut]]:
+    """The files of a plan that are right, and why the others are not."""
+    entries, left_out = [], []
+    for file in plan.files:
+        made = variant_of(file, writer, checks, say)
+        if isinstance(made, FileEntry):
+            entries.append(made)
+            continue
+        left_out.append(LeftOut(what=file.name, reason=made, asked_for=file.name in plan.by_name))
+        say(f"left out {file.name}: {made}")
+    return entries, left_out
+
+
+def variant_of(file: File, writer: FileWriter, checks: Checks, say: Callable[[str], None]) -> FileEntry | str:
     """A file of the plan, written and checked; or why it is not right, in words, and then nothing of it is left."""
     from export.formats import openvino_file
 
@@ -278,13 +297,13 @@ def _variant(file: File, writer: Writer, checks: Checks, say: Callable[[str], No
         with no_interrupt_lost():
             written = writer.write(file)
             entry = FileEntry(
-                **_data_file(path).model_dump(),
+                **data_file(path).model_dump(),
                 format=file.format,
                 precision=file.precision,
                 folded=True,
                 takes=file.takes,
                 opset=written.opset,
-                companions=tuple(_data_file(companion) for companion in companions),
+                companions=tuple(data_file(companion) for companion in companions),
                 int8=written.int8,
             )
             checked = checks.check(entry)
@@ -378,7 +397,8 @@ def _require_exact(found: object, wanted: object, complaint: str) -> None:
             raise ExportRefused(f"{complaint}: off by {error:.1e} (relative, float64).")
 
 
-def _data_file(path: Path) -> DataFile:
+def data_file(path: Path) -> DataFile:
+    """What the manifest says of a file of the bundle that lies at `path`."""
     return DataFile(path=path.name, sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
@@ -386,14 +406,16 @@ def _ways(report: FoldReport) -> list[tuple[str, str]]:
     return [(norm.name, norm.method) for norm in report.folded]
 
 
-def _summary(report: FoldReport) -> str:
+def summary(report: FoldReport) -> str:
+    """What became of each BatchNorm, a line each."""
     lines = [f"folded {norm.name}: {norm.method}, into {', '.join(norm.into)}" for norm in report.folded]
     lines += [f"kept {norm.name}: {norm.reason}" for norm in report.kept]
     lines += [f"simplified {other.name}: {other.method}, into {', '.join(other.into)}" for other in report.simplified]
     return "\n".join(lines or ["the model has no BatchNorm"])
 
 
-def _environment(plan: Plan) -> Environment:
+def environment_of(plan: Plan) -> Environment:
+    """This machine, with the versions that the files of a plan depend on."""
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),

@@ -40,7 +40,7 @@ class Checks:
     whose outputs are `outputs`.
 
     `kept` is how many BatchNorms the network has left that is folded for each runtime. `elsewhere` are inputs of other
-    sizes with their oracle, where sizes may vary.
+    sizes with their oracle, where sizes may vary. `batch` is the only batch size that the files take, None for any.
     """
 
     folder: Path
@@ -50,19 +50,21 @@ class Checks:
     kept: dict[Runtime, int]
     tolerances: Tolerances
     elsewhere: tuple[Arrays, Oracle] | None = None
+    batch: int | None = None
 
     def check(self, entry: FileEntry) -> Checked:
         """Load a file again, run it, and judge what it gives."""
-        whole, odd = CHECK_BATCHES
+        whole, odd = CHECK_BATCHES if self.batch is None else (self.batch, None)
         problem = self._unfolded(entry)
         if problem is not None:
             return Checked(problem)
         run = runner(self.folder, entry)
         taken = self.oracle.inputs if entry.takes == "raw" else self.inputs
         strict = entry.precision == "float32"
-        outputs = run_in_batches(run, first(taken, CHECK_INPUTS) if strict else taken, whole, self.outputs)
+        most = max(1, CHECK_INPUTS // whole) * whole if strict else len(taken[0])
+        outputs = run_in_batches(run, first(taken, most), whole, self.outputs)
         problem = self._failure(outputs, entry)
-        if problem is None:
+        if problem is None and odd is not None:
             few = run_in_batches(run, first(taken, 3 * odd), odd, self.outputs)
             problem = self._failure(few, entry) if strict else departure(few, outputs, self.oracle)
         if problem is None and entry.takes == "preprocessed":
@@ -110,12 +112,17 @@ def first(inputs: tuple[Rows, ...], count: int) -> tuple[Rows, ...]:
 
 
 def float32_errors(
-    reference: FileEntry, folder: Path, oracle: Oracle, inputs: tuple[Rows, ...], specs: tuple[Output, ...]
+    reference: FileEntry,
+    folder: Path,
+    oracle: Oracle,
+    inputs: tuple[Rows, ...],
+    specs: tuple[Output, ...],
+    batch: int | None = None,
 ) -> tuple[float, ...]:
     """The RMS error of each output of a float32 file on the oracle's inputs, the unit of all others; infinite where it
-    overflows, and 0 of whole numbers and of lists.
+    overflows, and 0 of whole numbers and of lists. `batch` is the only batch size that the file takes; None: any.
     """
-    found = run_in_batches(runner(folder, reference), inputs, CHECK_BATCHES[0], specs)
+    found = run_in_batches(runner(folder, reference), inputs, batch or CHECK_BATCHES[0], specs)
     return tuple(
         rms_error(output, truth) if truth.dtype.kind == "f" and spec.kind not in BOX_KINDS else 0.0
         for spec, output, truth in zip(specs, found, oracle.outputs, strict=True)

@@ -20,8 +20,11 @@ from trainer.errors import EXIT_NEGATIVE, UserError
 from trainer.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle, FileEntry, OutputKind
+    from export.bundle import Bundle, FileEntry, Format, OutputKind
     from export.sources.ends import Given
+    from export.sources.own import Own
+    from export.variants import Plan
+    from export.writing import Calibrated
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -106,6 +109,7 @@ def export(
         str | None,
         typer.Option(metavar="JSON", help="With --model: what it is made with, e.g. '{\"num_classes\": 37}'."),
     ] = None,
+    onnx: Annotated[Path | None, typer.Option(help="An ONNX file, from anywhere, in the place of --model.")] = None,
     weights: Annotated[
         Path | None, typer.Option(help="With --model: a file of its weights, safetensors or of torch.save.")
     ] = None,
@@ -116,24 +120,25 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]SIZES[:DTYPE]",
-            help="With --model: the shape of one input, e.g. 3x224x224; 3x224?x224? where height and width may vary. "
-            "Of several inputs, once for each, in the model's order: image=3x224x224 mask=16:int64",
+            help="With --model or --onnx: the shape of one input, e.g. 3x224x224; with --model 3x224?x224? where "
+            "height and width may vary. Of several inputs, once for each, in the model's order: image=3x224x224 "
+            "mask=16:int64",
         ),
     ] = None,
     output: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME:KIND",
-            help="With --model: what an output is made of: scores (of classes, along the first axis after the batch), "
-            "values, choices (whole numbers), boxes, box_scores, box_classes. Default: scores of one row, else values, "
-            "or choices. Repeatable.",
+            help="With --model or --onnx: what an output is made of: scores (of classes, along the first axis after "
+            "the batch), values, choices (whole numbers), boxes, box_scores, box_classes. Default: scores of one row, "
+            "else values, or choices. Repeatable.",
         ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="With --model: inputs to check the files with: an .npz or .safetensors file of `inputs` and, if there "
-            "are any, `labels`; an .npy file; or a folder of images, with a subfolder for each class or flat."
+            help="With --model or --onnx: inputs to check the files with: an .npz or .safetensors file of `inputs` "
+            "and perhaps `labels`; an .npy file; or a folder of images, with a subfolder for each class or flat."
         ),
     ] = None,
     samples: Annotated[
@@ -153,9 +158,11 @@ def export(
     interpolation: Annotated[
         Interpolation | None, typer.Option(help="Of images: how they are resized. Default: bilinear, or as declared.")
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="With --model: inputs are (x * scale - mean) / std.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="With --model or --onnx: inputs are (x * scale - mean) / std.")
+    ] = None,
     mean: Annotated[
-        str | None, typer.Option(help="With --model: one value, or one a channel: 0.485,0.456,0.406")
+        str | None, typer.Option(help="With --model or --onnx: one value, or one a channel: 0.485,0.456,0.406")
     ] = None,
     std: Annotated[str | None, typer.Option(help="With --model: as --mean.")] = None,
     variant: Annotated[
@@ -169,7 +176,8 @@ def export(
         bool, typer.Option("--aoti", help="Also compile the pt2 programs ahead of time, for this kind of machine.")
     ] = False,
     calibration: Annotated[
-        Path | None, typer.Option(help="With --model and int8: other inputs, given like --data, to take ranges from.")
+        Path | None,
+        typer.Option(help="With --model or --onnx, and int8: other inputs, given like --data, to take ranges from."),
     ] = None,
     calibration_samples: Annotated[
         int | None, typer.Option(min=2, help="Take so many of --calibration at most, drawn evenly. Default: all.")
@@ -191,10 +199,21 @@ def export(
     from export.sources import article, own
 
     asked = variant or []
-    if model is not None:
-        target = out or Path("artifacts/bundles") / model.rpartition(":")[2]
+    if onnx is not None:
+        _refuse_with_onnx(
+            {
+                "--model": model,
+                "--model-args": model_args,
+                "--weights": weights,
+                "--pretrained": pretrained or None,
+                "--checkpoint": checkpoint,
+                "--aoti": aoti or None,
+            }
+        )
+    source = model if onnx is None else str(onnx)
+    if source is not None:
         said = own.Own(
-            model,
+            source,
             _arguments(model_args),
             weights,
             pretrained,
@@ -211,17 +230,14 @@ def export(
             interpolation,
             _outputs(output or []),
         )
-        scratch = context.with_resource(tempfile.TemporaryDirectory(prefix="ninefold-"))
-        material = own.load(said, print, Path(scratch))
-        uncalibrated = None if material.calibration else "int8 needs inputs to take its ranges from: --calibration"
-        refusals = variants.raw_refusal(material.preprocessing), uncalibrated
-        if material.more_inputs:
-            refusals = "the preprocessing is put before networks of one input alone", refusals[1]
-        if material.more_inputs or material.more_outputs:
-            refusals = refusals[0], "int8 is made of networks with one input and one output alone"
-        plan = variants.plan(asked, aoti, *refusals, max_drop)
-        if max_drop is not None and material.calibration is not None and material.calibration.labels is None:
-            raise UserError(f"--max-drop needs `labels` in --calibration {calibration}: what drops is top-1.")
+        scratch = Path(context.with_resource(tempfile.TemporaryDirectory(prefix="ninefold-")))
+        if onnx is not None:
+            target = out or Path("artifacts/bundles") / onnx.stem
+            _end_without(_of_onnx(said, target, strategy, asked, max_drop, scratch))
+            return
+        target = out or Path("artifacts/bundles") / source.rpartition(":")[2]
+        material = own.load(said, print, scratch)
+        plan = _plan_of(said, material, asked, aoti, max_drop)
     else:
         for name, given in (
             ("--weights", weights),
@@ -241,7 +257,7 @@ def export(
             ("--std", std),
         ):
             if given is not None:
-                raise typer.BadParameter(f"{name} goes with --model, a model of your own.")
+                raise typer.BadParameter(f"{name} goes with --model or --onnx, a model of your own.")
         path = checkpoint or Path("artifacts/training") / recipe / "checkpoint.safetensors"
         target = out or Path("artifacts/bundles") / recipe
         described = article.describe(path)
@@ -258,6 +274,61 @@ def export(
     _print_files(bundle)
     print(f"published {target} in {time.perf_counter() - start:.1f} s")
     _end_without(bundle)
+
+
+def _refuse_with_onnx(options: dict[str, object]) -> None:
+    """Raises BadParameter for an option that says something of a model of torch."""
+    for name, given in options.items():
+        if given is not None:
+            raise typer.BadParameter(f"{name} is for a model of torch; with --onnx the file is all there is.")
+
+
+def _plan_of(
+    said: Own,
+    material: Calibrated,
+    asked: list[str],
+    aoti: bool,
+    max_drop: float | None,
+    formats: tuple[Format, ...] | None = None,
+) -> Plan:
+    """What to make of a user's own model; `formats` are those that it can be written as, None for all."""
+    from export import variants
+
+    uncalibrated = None if material.calibration else "int8 needs inputs to take its ranges from: --calibration"
+    batch = material.input.shape[0]
+    if isinstance(batch, int):
+        uncalibrated = f"int8 is calibrated in batches, and this file takes {batch} at a time and no other number"
+    raw_refusal = variants.raw_refusal(material.preprocessing)
+    if material.more_inputs:
+        raw_refusal = "the preprocessing is put before networks of one input alone"
+    if material.more_inputs or len(material.outputs) > 1:
+        uncalibrated = "int8 is made of networks with one input and one output alone"
+    plan = variants.plan(asked, aoti, raw_refusal, uncalibrated, max_drop, formats)
+    if max_drop is not None and material.calibration is not None and material.calibration.labels is None:
+        raise UserError(f"--max-drop needs `labels` in --calibration {said.calibration}: what drops is top-1.")
+    return plan
+
+
+def _of_onnx(
+    said: Own, target: Path, strategy: Strategy, asked: list[str], max_drop: float | None, scratch: Path
+) -> Bundle:
+    """The bundle of an ONNX file, published at `target`."""
+    start = time.perf_counter()
+    from export.bundle import MANIFEST_NAME
+    from export.sources import onnx_source
+    from trainer.publish import refuse_foreign
+
+    refuse_foreign(target, MANIFEST_NAME)  # before anything slow
+    material = onnx_source.load(said, print, scratch)
+    plan = _plan_of(said, material, asked, False, max_drop, onnx_source.FORMATS)
+    for missing in plan.left_out:
+        print(f"left out {missing.what}: {missing.reason}")
+    from export import onnx_build  # imports torch, for which nobody should wait to learn of a mistake
+
+    bundle = onnx_build.build(material, target, strategy, print, plan)
+    _print_files(bundle)
+    print(f"published {target} in {time.perf_counter() - start:.1f} s")
+    return bundle
 
 
 @app.command()

@@ -104,8 +104,9 @@ def plan(
     raw_refusal: str | None,
     calibration_refusal: str | None,
     max_drop: float | None = None,
+    formats: Sequence[Format] | None = None,
 ) -> Plan:
-    """What to make for `--variant` as it was given, and `--aoti`.
+    """What to make for `--variant` as it was given, and `--aoti`, in those of `formats`; None for all that there are.
 
     The refusals say why there can be no variant that takes the raw input, or none of int8; None where there can. What
     was asked for by name and can't be made raises UserError; of `all` it is left out, and the plan says so.
@@ -118,8 +119,10 @@ def plan(
     for variant in VARIANTS:
         if variant == FLOAT32 or (variant not in asked and ALL not in asked):
             continue
-        for file in (File(format, variant) for format in FORMATS[precision_of(variant)]):
-            reason, exit_code = _refusal(file, raw_refusal, calibration_refusal)
+        made_as = FORMATS[precision_of(variant)]
+        possible = [format for format in made_as if formats is None or format in formats]
+        for file in (File(format, variant) for format in possible or made_as):  # the reason is said of the latter
+            reason, exit_code = _refusal(file, raw_refusal, calibration_refusal, formats)
             if reason is None:
                 files.append(file)
             elif variant in asked:
@@ -141,8 +144,12 @@ def plan(
     return made
 
 
-def _refusal(file: File, raw_refusal: str | None, calibration_refusal: str | None) -> tuple[str | None, int]:
+def _refusal(
+    file: File, raw_refusal: str | None, calibration_refusal: str | None, formats: Sequence[Format] | None
+) -> tuple[str | None, int]:
     """Why a file can't be made, None where it can, and the exit code that this is worth."""
+    if formats is not None and file.format not in formats:
+        return f"it is written as {file.format} alone, which takes a model of torch: --model", EXIT_BAD_INPUT
     if file.takes == "raw" and raw_refusal is not None:
         return raw_refusal, EXIT_BAD_INPUT
     if file.precision == "int8" and calibration_refusal is not None:

@@ -12,13 +12,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from export.bundle import Int8Layers, Tolerances
+from export.bundle import Int8Layers, Output, Preprocessing, TensorSpec, Tolerances
 from export.bundle.rows import Rows
 from export.fold import Folded, fold_batchnorm
 from export.fold.batchnorm import export_program
@@ -30,7 +30,7 @@ from export.sources.material import ModelInputs
 from export.variants import File, Kind, Plan
 
 if TYPE_CHECKING:
-    from export.sources.material import Material
+    from export.sources.material import Calibration, Material
 
 Networks = Mapping[Kind, nn.Module]
 """float64 networks, by the kind of files that are made from them."""
@@ -123,6 +123,21 @@ def _is_float(node: torch.fx.Node) -> bool:
     return not isinstance(value, torch.Tensor) or value.is_floating_point()
 
 
+class Calibrated(Protocol):
+    """What a source has of inputs to calibrate with."""
+
+    @property
+    def calibration(self) -> Calibration | None: ...
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+    @property
+    def input(self) -> TensorSpec: ...
+    @property
+    def more_inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def outputs(self) -> tuple[Output, ...]: ...
+
+
 @dataclass(frozen=True)
 class Written:
     """What is known of a file beside its bytes: the opset of ONNX, and where the error of int8 comes from."""
@@ -194,11 +209,8 @@ class Writer:
             scratch = Path(tempfile.mkdtemp(dir=self._scratch.name))
             float32_file, quantised = scratch / "float32.onnx", scratch / "int8.onnx"
             onnx_file.write(program, float32_file, *ends, optimize=True)
-            ranges, apart, labels = _calibration_inputs(file, self._material)
-            quantiser = onnx_int8.Quantiser(float32_file, ranges, scratch)
-            ranked = Ranked(quantiser, float32_file, apart, labels, scratch)
-            layers = ranked.layers(LIMIT_PERCENT, self._max_drop)
-            opset = quantiser.write(quantised, [layer.name for layer in layers.layers if layer.in_float])
+            inputs = calibration_inputs(file, self._material)
+            layers, opset = quantise(float32_file, quantised, inputs, self._max_drop, scratch)
             self._int8[file.variant] = quantised, layers, opset
         return self._int8[file.variant]
 
@@ -214,10 +226,32 @@ def _program(file: File, network64: nn.Module, material: Material) -> torch.expo
     return export_program(network.eval(), examples, material.dynamic_shapes(file.takes))
 
 
-def _calibration_inputs(file: File, material: Material) -> tuple[Rows, Rows, np.ndarray | None]:
-    """What the file's ranges are taken from, what its error is seen with, and the labels of the latter."""
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """What a file's ranges are taken from, what its error is seen with, both as the file takes them, and the labels of
+    the latter.
+    """
+
+    ranges: Rows
+    apart: Rows
+    labels: np.ndarray | None
+
+
+def calibration_inputs(file: File, material: Calibrated) -> CalibrationInputs:
+    """The calibration inputs of a source, for a file: four fifths for its ranges, of few all."""
     assert material.calibration is not None
     raw, labels = material.calibration.raw, material.calibration.labels
     inputs: Rows = raw if file.takes == "raw" else ModelInputs(raw, material.preprocessing, material.input)
     ranges = len(inputs) * 4 // 5 if len(inputs) >= FEW else 0
-    return inputs[: ranges or None], inputs[ranges:], None if labels is None else labels[ranges:]
+    return CalibrationInputs(inputs[: ranges or None], inputs[ranges:], None if labels is None else labels[ranges:])
+
+
+def quantise(
+    float32_file: Path, target: Path, inputs: CalibrationInputs, max_drop: float | None, scratch: Path
+) -> tuple[Int8Layers, int]:
+    """Write the int8 file of a float32 one; → where its error comes from, and its opset. `scratch` is a folder."""
+    quantiser = onnx_int8.Quantiser(float32_file, inputs.ranges, scratch)
+    ranked = Ranked(quantiser, float32_file, inputs.apart, inputs.labels, scratch)
+    layers = ranked.layers(LIMIT_PERCENT, max_drop)
+    opset = quantiser.write(target, [layer.name for layer in layers.layers if layer.in_float])
+    return layers, opset

@@ -199,7 +199,9 @@ class Tolerances(Frozen):
     bfloat16: Limits = Limits(rms_percent=8.0, top1_loss_points=0.25)
     int8: Limits = Limits(rms_percent=20.0, top1_loss_points=0.5)
     float32_rms_error: NotNegative
-    """RMS error of the logits that float32 torch on the CPU makes against the oracle on the exporting machine."""
+    """RMS error of the logits that float32 on the CPU makes against the oracle on the exporting machine: torch's of a model
+    of torch, of an ONNX file that of onnxruntime without optimisations.
+    """
     more_float32_rms_errors: tuple[NotNegative, ...] = ()
     """The same of every further output; 0 of whole numbers."""
 

@@ -19,6 +19,8 @@ from export.int8.layers import LAYERS, attribute, rows_of
 from export.int8.pairs import LARGEST_WEIGHT, safe_scales, worst_pairs
 
 BATCH = 20
+AXES_AS_INPUT = 18
+"""The opset from which ReduceMean takes its axes as an input."""
 """Inputs at a time: feature maps of many at once are large."""
 
 
@@ -72,6 +74,7 @@ def shifts(model: onnx.ModelProto, layers: Sequence[Layer], inputs: Rows) -> dic
     layers = [layer for layer in layers if _takes_bias(layer)]
     if not layers:
         return {}
+    opset = max(int(used.version) for used in model.opset_import if used.domain in ("", "ai.onnx"))
     beside = onnx.ModelProto()
     beside.CopyFrom(model)
     graph = beside.graph
@@ -83,8 +86,12 @@ def shifts(model: onnx.ModelProto, layers: Sequence[Layer], inputs: Rows) -> dic
         node.name, node.input[1:], node.output[:] = lost, [weights], [lost]
         others = [axis for axis in range(layer.weights.ndim) if axis != 1]  # the channels of the output are second
         graph.initializer.append(numpy_helper.from_array(layer.rounded_off(), weights))
-        graph.initializer.append(numpy_helper.from_array(np.array(others, np.int64), axes))
-        graph.node.extend([node, helper.make_node("ReduceMean", [lost, axes], [mean], keepdims=0)])
+        graph.node.append(node)
+        if opset < AXES_AS_INPUT:
+            graph.node.append(helper.make_node("ReduceMean", [lost], [mean], axes=others, keepdims=0))
+        else:
+            graph.initializer.append(numpy_helper.from_array(np.array(others, np.int64), axes))
+            graph.node.append(helper.make_node("ReduceMean", [lost, axes], [mean], keepdims=0))
         graph.output.append(helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None))
     session = open_session(beside.SerializeToString(), silent=True)
     name, count = session.get_inputs()[0].name, len(inputs)

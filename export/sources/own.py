@@ -17,10 +17,11 @@ from export.sources.data import RANDOM_INPUTS, Data, Request, calibration, read_
 from export.sources.ends import Given, other_sizes, outputs_of, random_inputs
 from export.sources.framing import Framing, Interpolation
 from export.sources.making import Declared, make
-from export.sources.material import Material, require_finite
+from export.sources.material import Calibration, Material, require_finite
 from trainer.errors import EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
 PIXELS = 1 / 255
@@ -62,7 +63,7 @@ def load(own: Own, say: Callable[[str], None], scratch: Path) -> Material:
 
     `scratch` is a folder for inputs that can't be read from where they lie; it has to last as long as the material.
     """
-    _require_used(own)
+    require_used(own)
     made = make(own.model, own.arguments, own.weights, own.pretrained)
     for note in made.notes:
         say(note)
@@ -72,24 +73,14 @@ def load(own: Own, say: Callable[[str], None], scratch: Path) -> Material:
     _require_inputs(inputs)
     shape = inputs[0].shape
     require_finite(dict([*module.named_parameters(), *module.named_buffers()]), str(own.weights or own.model))
-    framing = _framing(own, made.declared)
-    given = Data(random_inputs(inputs[0], RANDOM_INPUTS), None)
-    if own.data is not None:
-        given = read_data(Request(own.data, "--data", shape, scratch, own.samples, framing), say)
-    preprocessing = _preprocessing(own, made.declared, given, inputs[0], say)
-    if own.data is not None and own.data.is_dir():
-        preprocessing = preprocessing.model_copy(update={"outside": framing.steps(shape[0])})
+    given = given_to(own, made.declared, shape, scratch, say) or Data(random_inputs(inputs[0], RANDOM_INPUTS), None)
+    preprocessing = preprocessing_of(own, made.declared, given, inputs[0], say)
     specs = tuple(each.spec(each.name or "input") for each in inputs)
     more = _more_inputs(own, inputs[1:], len(given.inputs), scratch)
     first = preprocessing.apply(np.asarray(given.inputs[:2]), specs[0].shape)
     output, *more_outputs = _outputs(own, module, specs, (first, *(np.asarray(rows[:2]) for rows in more)))
-    given = _labelled(given, output.shape[1:], f"--data {own.data}", say)
-    calibrated = None
-    if own.calibration is not None:
-        where = f"--calibration {own.calibration}"
-        asked = Request(own.calibration, "--calibration", shape, scratch, own.calibration_samples, framing)
-        others = read_data(asked, say)
-        calibrated = calibration(_labelled(others, output.shape[1:], where, say), given.inputs, where)
+    given = labelled(given, output.shape[1:], f"--data {own.data}", say)
+    calibrated = calibration_of(own, made.declared, given, shape, output.shape[1:], scratch, say)
     stored = _stored_weights(module)
     return Material(
         module,
@@ -169,7 +160,7 @@ def _outputs(own: Own, module: nn.Module, specs: tuple[TensorSpec, ...], example
     )
 
 
-def _require_used(own: Own) -> None:
+def require_used(own: Own) -> None:
     """Raises UserError where something is said of inputs that are not given."""
     if own.samples is not None and own.data is None:
         raise UserError("--samples goes with --data.", EXIT_USAGE)
@@ -180,7 +171,33 @@ def _require_used(own: Own) -> None:
         raise UserError("--resize, --crop and --interpolation go with a folder of images.", EXIT_USAGE)
 
 
-def _framing(own: Own, declared: Declared | None) -> Framing:
+def given_to(
+    own: Own, declared: Declared | None, shape: tuple[int, ...], scratch: Path, say: Callable[[str], None]
+) -> Data | None:
+    """The inputs that the user gives, None where there are none."""
+    if own.data is None:
+        return None
+    return read_data(Request(own.data, "--data", shape, scratch, own.samples, framing_of(own, declared)), say)
+
+
+def calibration_of(
+    own: Own,
+    declared: Declared | None,
+    given: Data,
+    shape: tuple[int, ...],
+    outputs: tuple[Dimension, ...],
+    scratch: Path,
+    say: Callable[[str], None],
+) -> Calibration | None:
+    """The inputs to calibrate with, of a model with such `outputs`; None where there are none."""
+    if own.calibration is None:
+        return None
+    where, framing = f"--calibration {own.calibration}", framing_of(own, declared)
+    asked = Request(own.calibration, "--calibration", shape, scratch, own.calibration_samples, framing)
+    return calibration(labelled(read_data(asked, say), outputs, where, say), given.inputs, where)
+
+
+def framing_of(own: Own, declared: Declared | None) -> Framing:
     """What the user says is done to images; where neither a size nor a crop is said, what the library declares."""
     if own.resize is not None or own.crop is not None:
         framing = Framing(own.resize, own.crop)
@@ -193,7 +210,7 @@ def _framing(own: Own, declared: Declared | None) -> Framing:
     return replace(framing, interpolation=own.interpolation)
 
 
-def _labelled(given: Data, outputs: tuple[Dimension, ...], where: str, say: Callable[[str], None]) -> Data:
+def labelled(given: Data, outputs: tuple[Dimension, ...], where: str, say: Callable[[str], None]) -> Data:
     """The inputs with those labels that are classes of a model with such `outputs`, and the names of these classes.
 
     Folders number their classes themselves, so where there are more or fewer the numbers mean something else. Raises
@@ -216,7 +233,7 @@ def _labelled(given: Data, outputs: tuple[Dimension, ...], where: str, say: Call
     return given
 
 
-def _preprocessing(
+def preprocessing_of(
     own: Own, declared: Declared | None, given: Data, first: Given, say: Callable[[str], None]
 ) -> Preprocessing:
     """What the user says of the inputs; of pixels of which nothing is said, what the library declares, if it does."""
@@ -240,11 +257,13 @@ def _preprocessing(
             raise UserError(f"{option} has {len(values)} values; expected 1, or {channels}, one a channel.", EXIT_USAGE)
     if std is not None and 0 in std:
         raise UserError("--std divides: none of its values may be 0.", EXIT_USAGE)
+    images = own.data is not None and own.data.is_dir()
     return Preprocessing(
         raw=first.spec(first.name or "input", str(given.inputs.dtype)),
         scale=1.0 if scale is None else scale,
         mean=mean or (0.0,),
         std=std or (1.0,),
+        **({"outside": framing_of(own, declared).steps(first.shape[0])} if images else {}),
     )
 
 

@@ -29,6 +29,8 @@ _SKELETON, _SPARSE, _MAPS, _TRAINING = "skeleton", "sparse initializers", "maps"
 
 def load(source: Path) -> ir.Model:
     """The model, checked, with its weights in memory. Raises FoldError."""
+    if not source.is_file():
+        raise FoldError(f"there is no file {source}. Name an ONNX file.")
     try:
         onnx.checker.check_model(str(source))
         proto = onnx.load(source, load_external_data=False)
@@ -46,8 +48,6 @@ def load(source: Path) -> ir.Model:
         model.meta[_TRAINING] = [_copied(info) for info in proto.training_info]
         _leave(model)
         return ir.external_data.load_to_model(model)
-    except FileNotFoundError:
-        raise FoldError(f"there is no file {source}. Name an ONNX file.") from None
     except Exception as error:  # onnx has no common class: decoding, checking and external data each raise their own
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FoldError(
