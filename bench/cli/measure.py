@@ -21,6 +21,8 @@ from bench.cli.options import (
     BlockOption,
     BundleOption,
     ControlOption,
+    InputOption,
+    PlaceArgument,
     ProcessesOption,
     ProfileOption,
     ThreadsOption,
@@ -68,9 +70,11 @@ DEFAULT_MIN_DURATION_S, DEFAULT_LATENCY_BOUND_MS, DEFAULT_SAMPLES_PER_QUERY = 10
 
 
 def run_command(
+    place: PlaceArgument = None,
     backend: BackendOption = None,
     batch_size: BatchSizeOption = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
+    input: InputOption = None,
     json: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Where the result goes. Default: artifacts/results/<bundle>.json"),
@@ -118,6 +122,8 @@ def run_command(
 ) -> None:
     """Accuracy parity and throughput: a table, and a JSON result with the raw samples.
 
+    Of an ONNX file: folded and as it is, side by side, on random inputs, against the file itself in float64.
+
     Every backend is started several times, and measured in rounds each time. Ctrl-C keeps the rounds that were done.
 
     Exit code 1 when a parity failed, a backend did not finish, or LoadGen calls its scenario invalid.
@@ -131,29 +137,30 @@ def run_command(
         "--fail-if-noisy": fail_if_noisy,
     }
     request = _scenario_request(scenario, min_duration_s, latency_bound_ms, samples_per_query, batch_size, in_rounds)
+    from bench.cli.exit_codes import exit_code
+    from bench.cli.onnx_file import batch_sizes_for, of_the_file, opened_place
     from bench.report.terminal.console import console
     from bench.report.terminal.run import print_run
     from bench.results.files import check_writable, write_result
-
-    ending = "" if scenario is None else f"-{scenario}"
-    target = json or default_place(bundle, f"{ending}.json")
-    from bench.cli.exit_codes import exit_code
     from bench.run.plan import Rounds
     from bench.run.rounds import run
 
-    plan = _plan((bundle,), backend, variant, threads, profile, timeout, control)
-    check_writable(target)
-    if request is not None:
-        raise typer.Exit(_run_scenario(plan, request, target))
-    measured = Rounds(
-        batch_sizes=_sizes(batch_size, DEFAULT_BATCH_SIZES),
-        block_s=(block_ms or DEFAULT_BLOCK_MS) / 1000,
-        count=rounds,
-        processes=processes or DEFAULT_PROCESSES,
-        time_limit_s=time_limit or (DEFAULT_TIME_LIMIT_S if rounds is None else None),
-    )
-    with shown_rows() as (progress, listener):
-        result = run(replace(plan, rounds=measured, survey=True), progress, listener)
+    with opened_place(place, bundle, input) as where:
+        ending = "" if scenario is None else f"-{scenario}"
+        target = json or default_place(where.named, f"{ending}.json")
+        plan = _plan((where.bundle,), backend, variant, threads, profile, timeout, control or where.file is not None)
+        check_writable(target)
+        if request is not None:
+            raise typer.Exit(_run_scenario(plan, request, target))
+        measured = Rounds(
+            batch_sizes=batch_sizes_for(where, batch_size, DEFAULT_BATCH_SIZES),
+            block_s=(block_ms or DEFAULT_BLOCK_MS) / 1000,
+            count=rounds,
+            processes=processes or DEFAULT_PROCESSES,
+            time_limit_s=time_limit or (DEFAULT_TIME_LIMIT_S if rounds is None else None),
+        )
+        with shown_rows() as (progress, listener):
+            result = of_the_file(run(replace(plan, rounds=measured, survey=True), progress, listener), where)
     print_run(result, console())
     write_result(result, target)
     print(f"result: {target}")
@@ -200,14 +207,14 @@ def ab_command(
     from bench.report.terminal.console import console
     from bench.report.terminal.run import print_run
     from bench.results.files import check_writable, write_result
-    from bench.run.plan import Rounds
+    from bench.run.plan import Rounds, batch_sizes
     from bench.run.rounds import run
 
     if json is not None:
         check_writable(json)
     plan = _plan(tuple(bundles), backend, variant, threads, profile, timeout, reference=backend is not None)
     measured = Rounds(
-        batch_sizes=_sizes(batch_size, AB_BATCH_SIZES),
+        batch_sizes=batch_sizes(bundles, batch_size, AB_BATCH_SIZES),
         block_s=(block_ms or DEFAULT_BLOCK_MS) / 1000,
         count=rounds,
         processes=processes,
@@ -225,8 +232,10 @@ def ab_command(
 
 
 def parity_command(
+    place: PlaceArgument = None,
     backend: BackendOption = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
+    input: InputOption = None,
     threads: ThreadsOption = None,
     profile: ProfileOption = Profile.STRICT,
     variant: VariantOption = None,
@@ -253,21 +262,31 @@ def parity_command(
     """
     check_judged(backend)
     from bench.cli.exit_codes import cpus_exit_code, exit_code
+    from bench.cli.onnx_file import opened_place
     from bench.report.columns import OnCpu
     from bench.report.terminal.console import console
     from bench.report.terminal.parity import print_cpus, print_parity
     from bench.results.queries import on_cpus
+    from bench.run.plan import has_torch_program
     from bench.run.rounds import run
     from export.bundle import Bundle
     from export.bundle.int8 import CPU_KINDS
 
-    plan = _plan((bundle,), backend, variant, threads, profile, timeout, control)
-    plan = replace(plan, bisect="always" if bisect else "failed")
-    with shown_progress() as progress:
-        result = run(plan, progress)
+    with opened_place(place, bundle, input) as where:
+        plan = _plan((where.bundle,), backend, variant, threads, profile, timeout, control or where.file is not None)
+        plan = replace(plan, bisect="always" if bisect else "failed")
+        measured = Bundle.open(where.bundle)
+        if bisect and not has_torch_program(measured):
+            raise BenchError(
+                f"--bisect compares with the nodes of a torch graph, and {where.file or where.bundle} has none: it was "
+                "not made of a model of torch. Leave it out.",
+                EXIT_USAGE,
+            )
+        with shown_progress() as progress:
+            result = run(plan, progress)
     print_parity(result, console())
     kinds = [kind for kind in CPU_KINDS if CpuChoice.ALL in (cpus or ()) or kind in (cpus or ())]
-    elsewhere = [OnCpu(*found) for found in on_cpus(result, Bundle.open(bundle), kinds)]
+    elsewhere = [OnCpu(*found) for found in on_cpus(result, measured, kinds)]
     if cpus:
         print_cpus(elsewhere, console())
     raise typer.Exit(exit_code(result) or cpus_exit_code(each.verdict for each in elsewhere))
@@ -361,7 +380,3 @@ def _plan(
         reference=reference,
     )
     return Plan(selection, threads or usable_cpus(), profile, timeout_s, command=command_line())
-
-
-def _sizes(given: list[int] | None, default: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(set(given or default)))

@@ -39,6 +39,17 @@ BackendOption = Annotated[
     ),
 ]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="The bundle's folder, as python -m export makes it.")]
+PlaceArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[BUNDLE_OR_FILE]",
+        help="A bundle, in the place of --bundle; or an ONNX file, of which a bundle is made for as long as it takes.",
+    ),
+]
+InputOption = Annotated[
+    str | None,
+    typer.Option("--input", metavar="SHAPE", help="With an ONNX file that leaves it open: one input, as 3x224x224."),
+]
 BatchSizeOption = Annotated[
     list[int] | None,
     typer.Option("--batch-size", min=1, help="Images per call; repeat for more. Default: 1, 64 and 256."),

@@ -137,6 +137,27 @@ def opened(path: Path, *, verified: bool = True) -> Bundle:
     return bundle
 
 
+def batch_sizes(bundles: Sequence[Path], given: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes to measure, each once: those given, else the default ones, else the one that a bundle takes.
+
+    Raises BenchError: bad input for bundles that take no common one, usage for one given that a bundle does not take.
+    """
+    fixed = {path: batch for path in bundles if (batch := opened(path, verified=False).manifest.fixed_batch)}
+    if not fixed:
+        return tuple(sorted(set(given or default)))
+    path, only = next(iter(fixed.items()))
+    if len(set(fixed.values())) > 1:
+        words = ", ".join(f"{each} {batch}" for each, batch in fixed.items())
+        raise BenchError(f"these bundles take no common batch size: {words}. Compare others.", EXIT_BAD_INPUT)
+    if refused := sorted(set(given or ()) - {only}):
+        raise BenchError(
+            f"the files of the bundle at {path} take {only} inputs at a time and no other number; --batch-size "
+            f"{refused[0]} is another. Leave it out, or export the model with a batch that is not fixed.",
+            EXIT_USAGE,
+        )
+    return (only,)
+
+
 def lettered(bundles: list[Bundle]) -> list[tuple[str | None, Bundle]]:
     """A, B, C … before each bundle, None where there is but one."""
     return [(chr(ord("A") + place) if len(bundles) > 1 else None, bundle) for place, bundle in enumerate(bundles)]
@@ -159,7 +180,7 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
         made = list({subject.label: subject for subject in with_files}.values())
         if not made:
             wanted = ", ".join(dict.fromkeys(choice.variant for choice in chosen))
-            reason = (
+            reason = _of_a_file(backend, bundle) or (
                 f"the bundle at {bundle.path} has no {' or '.join(backend.formats)} file ({wanted}). Export it again: "
                 "python -m export --help says which options make one."
             )
@@ -179,6 +200,18 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
             EXIT_USAGE,
         )
     return subjects, skipped
+
+
+def has_torch_program(bundle: Bundle) -> bool:
+    """Whether there is a model of torch in it: a bundle that was made of an ONNX file has none."""
+    return bundle.find("pt2", folded=False) is not None
+
+
+def _of_a_file(backend: Backend, bundle: Bundle) -> str | None:
+    """Why a bundle can have no file for a backend, in words, where it was made of an ONNX file; else None."""
+    if has_torch_program(bundle) or {"onnx", "openvino"}.intersection(backend.formats):
+        return None
+    return f"it runs models of torch, and the bundle was made of a file, {bundle.manifest.source.factory}"
 
 
 def check_variants(variants: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from bench.results.parity import Bisection, ParityVerdict, at_batch, judge, wors
 from bench.results.roofline import Survey
 from bench.results.schema import SCHEMA_VERSION, Result, Sample, Settings, WarmUpFacts
 from bench.run.lanes import Lane, Ready, lanes_of, loaded, subject_result
-from bench.run.plan import Listener, Plan, Progress, Rounds, Subject
+from bench.run.plan import Listener, Plan, Progress, Rounds, Subject, has_torch_program
 from bench.worker.bisect import bisectable
 from bench.worker.messages import Bisect, Evaluate, Evaluated, Measure, Measured, Prepare, Prepared
 from bench.worker.peaks import survey
@@ -156,7 +156,7 @@ class _Measuring:
             self.show(f"parity of {lane.subject.label}")
             if lane.failure is not None or not lane.subject.backend.formats:
                 continue
-            evaluated = lane.ask(Evaluate(PARITY_BATCH_SIZE), Evaluated)
+            evaluated = lane.ask(Evaluate(lane.subject.bundle.manifest.fixed_batch or PARITY_BATCH_SIZE), Evaluated)
             if evaluated is not None:
                 subject, oracle = lane.subject, self.oracle(lane)
                 lane.parity = verdict_of(subject, evaluated.outputs, oracle)
@@ -173,6 +173,7 @@ class _Measuring:
         """Look for the first node that diverges, where that was asked for."""
         when = self.plan.bisect
         wanted = when == "always" or (when == "failed" and lane.parity is not None and not lane.parity.passed)
+        wanted = wanted and has_torch_program(lane.subject.bundle)
         if wanted and bisectable(lane.subject.backend, lane.subject.options.variant):
             lane.bisection = lane.ask(Bisect(worst_images(outputs[0], oracle, BISECTED_IMAGES)), Bisection)
 
@@ -238,7 +239,7 @@ def verdict_of(subject: Subject, outputs: Arrays, oracle: Oracle) -> ParityVerdi
 def _survey(plan: Plan, lanes: list[Lane], show: Callable[[str], None]) -> Survey | None:
     """The model's work (the first bundle's) and the peaks of the devices in use, while the workers wait."""
     devices = tuple(dict.fromkeys(d for lane in lanes if (d := lane.subject.backend.device) != "none"))
-    if not devices:
+    if not devices or not has_torch_program(lanes[0].subject.bundle):
         return None
     show("measuring the machine's peaks")
     return survey(lanes[0].subject.bundle.path, devices, plan.threads, plan.profile, plan.timeout_s)

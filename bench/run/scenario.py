@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from bench.errors import EXIT_UNAVAILABLE, BenchError
+from bench.errors import EXIT_UNAVAILABLE, EXIT_USAGE, BenchError
 from bench.machine.environment import cpu_busy_percent, load_1min
 from bench.results.scenario import LoadGenLatency, LoadGenRun, ScenarioResult, ScenarioRow, ScenarioSettings
 from bench.results.terms import Scenario
-from bench.run.lanes import Lane, lanes_of, loaded, subject_result
+from bench.run.lanes import Lane, Ready, lanes_of, loaded, subject_result
 from bench.run.plan import Plan, Progress
 from bench.run.rounds import verdict_of
 from bench.worker.loadgen import (
@@ -79,6 +79,7 @@ def run_scenario(plan: Plan, request: ScenarioRequest, target: Path, progress: P
     version = None
     target.parent.mkdir(parents=True, exist_ok=True)
     ready = lanes_of(plan)
+    _require_batch(ready, request)
     with (
         loaded(ready, plan),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch,
@@ -120,6 +121,18 @@ def run_scenario(plan: Plan, request: ScenarioRequest, target: Path, progress: P
         rows=tuple(rows),
         skipped=tuple(ready.skipped),
     )
+
+
+def _require_batch(ready: Ready, request: ScenarioRequest) -> None:
+    """Raises BenchError (usage) where a bundle takes another number of images at a time than a query of this load."""
+    for bundle in {lane.subject.bundle.path: lane.subject.bundle for lane in ready.lanes}.values():
+        only = bundle.manifest.fixed_batch
+        if only not in (None, request.images_per_call):
+            raise BenchError(
+                f"the files of the bundle at {bundle.path} take {only} inputs at a time and no other number, and a "
+                f"call of {request.scenario} has {request.images_per_call}. Choose offline with --batch-size {only}.",
+                EXIT_USAGE,
+            )
 
 
 def log_folder(target: Path) -> Path:

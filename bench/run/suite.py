@@ -21,7 +21,7 @@ from bench.machine import sensors
 from bench.machine.doctor import examine
 from bench.results.schema import Result
 from bench.results.studies import SUITE_VERSION, LeftOut, Suite, SuiteDevice, SuiteRun
-from bench.run.plan import Plan, Progress, Rounds, Selection, opened, select
+from bench.run.plan import Plan, Progress, Rounds, Selection, batch_sizes, opened, select
 from bench.run.rounds import run
 
 # A call on the GPU gains from every image until thousands are in it; on a CPU the caches are full before that.
@@ -132,7 +132,7 @@ def _plan(request: SuiteRequest, part: SuiteRun, seconds: float) -> Plan:
             profile=part.profile,
             timeout_s=request.timeout_s,
             rounds=Rounds(
-                batch_sizes=request.batch_sizes or BATCH_SIZES[part.device],
+                batch_sizes=batch_sizes([request.bundle], request.batch_sizes, BATCH_SIZES[part.device]),
                 block_s=request.block_s,
                 processes=PROCESSES,
                 time_limit_s=seconds,

@@ -26,7 +26,7 @@ from bench.errors import EXIT_NEGATIVE, BenchError
 from bench.results.schema import Result
 from bench.results.studies import SWEEP_VERSION, Sweep
 from bench.run.availability import availability
-from bench.run.plan import Choice, Progress
+from bench.run.plan import Choice, Progress, batch_sizes
 from bench.sweep.choices import SweepRequest, chosen, offered, waves, worth_a_look
 from bench.sweep.device_runs import LOOKS_SHARE, Clock, DeviceRuns
 from bench.sweep.folder import SweepFolder
@@ -57,7 +57,7 @@ def run_sweep(request: SweepRequest, folder: SweepFolder, progress: Progress) ->
         reference = f"torch-{device}"
         device_runs = DeviceRuns(
             reference=None if reasons[reference] is not None else Choice(reference, FLOAT32, request.most_threads),
-            batch_sizes=request.batch_sizes or BATCH_SIZES[device],
+            batch_sizes=batch_sizes([request.path], request.batch_sizes, BATCH_SIZES[device]),
             request=request,
             folder=folder,
             progress=progress,

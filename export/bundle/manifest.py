@@ -199,8 +199,8 @@ class Tolerances(Frozen):
     bfloat16: Limits = Limits(rms_percent=8.0, top1_loss_points=0.25)
     int8: Limits = Limits(rms_percent=20.0, top1_loss_points=0.5)
     float32_rms_error: NotNegative
-    """RMS error of the logits that float32 on the CPU makes against the oracle on the exporting machine: torch's of a model
-    of torch, of an ONNX file that of onnxruntime without optimisations.
+    """RMS error of the logits that float32 on the CPU makes against the oracle on the exporting machine: of a model of
+    torch by torch, of an ONNX file by onnxruntime without optimisations.
     """
     more_float32_rms_errors: tuple[NotNegative, ...] = ()
     """The same of every further output; 0 of whole numbers."""
