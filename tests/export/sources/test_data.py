@@ -190,9 +190,9 @@ def bare_pickle(path: Path) -> None:
 
 
 def damaged(path: Path) -> None:
-    write(path, {"inputs": PIXELS})
+    write(path, {"inputs": np.tile(PIXELS, (100, 1, 1, 1))})  # more than what is read with the header
     contents = bytearray(path.read_bytes())
-    contents[400] ^= 255
+    contents[-1000] ^= 255
     path.write_bytes(contents)
 
 
