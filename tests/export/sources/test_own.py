@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from export.bundle import Bundle, Preprocessing
+from export.sources.ends import Given
 from export.sources.framing import Framing
 from export.sources.own import Own, load
 from trainer.errors import UserError
@@ -48,7 +49,7 @@ def photos(tmp_path: Path) -> Path:
 
 def loaded(folder: Path, model: str = "made_here:net", **more: Any) -> Any:
     NOTES.clear()
-    more = {"input_shape": (3, 32, 32), **more}
+    more = {"inputs": (Given.parse("3x32x32"),), **more}
     return load(Own(model, **more), NOTES.append, folder)
 
 
@@ -70,17 +71,17 @@ def test_folders_that_are_not_the_models_classes_are_no_labels(photos: Path, tmp
 
 def test_options_win_over_what_is_declared(photos: Path, tmp_path: Path) -> None:
     model = {"model": "timm:test_convnext", "arguments": {"num_classes": 3}, "data": photos, "samples": 2}
-    found = loaded(tmp_path, **model, input_shape=None)
+    found = loaded(tmp_path, **model, inputs=())
     assert found.preprocessing.outside.words == (
         "decoded as RGB, resized, the shorter side to 168 pixels (bicubic), the 160×160 pixels in the centre taken"
     )
-    found = loaded(tmp_path, **model, input_shape=None, interpolation="box")
+    found = loaded(tmp_path, **model, inputs=(), interpolation="box")
     assert (found.preprocessing.outside.resize, found.preprocessing.outside.interpolation) == ((168,), "box")
-    found = loaded(tmp_path, **model, input_shape=(3, 96, 64), resize=(128,), crop=(96, 64))
+    found = loaded(tmp_path, **model, inputs=(Given.parse("3x96x64"),), resize=(128,), crop=(96, 64))
     assert found.preprocessing.outside == Framing((128,), (96, 64), "bilinear").steps(3)
     assert found.preprocessing.mean == (0.5, 0.5, 0.5)
     with pytest.raises(UserError, match="comes to 160×160, the model takes 96×96"):
-        loaded(tmp_path, **model, input_shape=(3, 96, 96))
+        loaded(tmp_path, **model, inputs=(Given.parse("3x96x96"),))
 
 
 def test_a_manifest_without_what_is_done_to_images_is_read() -> None:
@@ -115,7 +116,7 @@ def test_labels_of_calibration_are_classes_too(tmp_path: Path) -> None:
 def test_floats_that_look_like_pixels_are_remarked(least: float, largest: float, said: bool, tmp_path: Path) -> None:
     inputs = np.random.default_rng(0).uniform(least, largest, (2, 3, 160, 160)).astype(np.float32)
     np.save(tmp_path / "d.npy", inputs)
-    model = {"model": "timm:test_convnext", "input_shape": None, "data": tmp_path / "d.npy"}
+    model = {"model": "timm:test_convnext", "inputs": (), "data": tmp_path / "d.npy"}
     loaded(tmp_path, **model)
     assert any("don't look scaled" in note for note in NOTES) == said
     loaded(tmp_path, **model, scale=1.0)
