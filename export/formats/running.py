@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.bundle import Arrays, Output
+from export.bundle import BOX_KINDS, Arrays, Output
 from export.bundle.detections import joined
 from export.bundle.rows import Rows
 
@@ -27,8 +27,37 @@ def run_in_batches(run: Run, inputs: tuple[Rows, ...], batch: int, specs: Sequen
     `specs` are those of the outputs, where there may be lists among them.
     """
     count = len(inputs[0])
-    parts = [run(*(np.asarray(rows[start : start + batch]) for rows in inputs)) for start in range(0, count, batch)]
-    return joined(parts, specs) if specs else tuple(map(np.concatenate, zip(*parts, strict=True)))
+    parts = (run(*(np.asarray(rows[start : start + batch]) for rows in inputs)) for start in range(0, count, batch))
+    if any(spec.kind in BOX_KINDS for spec in specs):
+        return joined(list(parts), specs)
+    wholes: list[_Whole] = []
+    for outputs in parts:
+        wholes = wholes or [_Whole(output, count) for output in outputs]
+        for whole, output in zip(wholes, outputs, strict=True):
+            whole.append(output)
+    return tuple(whole.array for whole in wholes)
+
+
+class _Whole:
+    """What `np.concatenate` makes of arrays like `first`, with a place for `count` rows from the start.
+
+    Small arrays that are kept leave no room between them for the large ones that come and go: the memory of an export
+    grew with the inputs (50,000 of 12 kB: 2.9 GB, and 1.3 GB in the oracle's process; so 1.0 and 0.7, as with 500).
+    """
+
+    def __init__(self, first: np.ndarray, count: int) -> None:
+        self._rows, self._used = np.empty((count, *first.shape[1:]), first.dtype), 0
+
+    def append(self, rows: np.ndarray) -> None:
+        end = self._used + len(rows)
+        if end > len(self._rows) or rows.shape[1:] != self._rows.shape[1:]:  # a file that is not right
+            self._rows = np.concatenate([self.array, rows])
+        self._rows[self._used : end] = rows
+        self._used = end
+
+    @property
+    def array(self) -> np.ndarray:
+        return self._rows[: self._used]
 
 
 def as_function(module: Callable[..., Any], device: torch.device | str = "cpu") -> Run:

@@ -271,7 +271,7 @@ def _looks_raw(span: tuple[float, float], declared: Declared) -> bool:
     """Whether values of this span look like pixels that nothing was subtracted from, or that were not scaled."""
     darkest = min(-mean / std for mean, std in zip(declared.mean, declared.std, strict=True))
     brightest = max((1 - mean) / std for mean, std in zip(declared.mean, declared.std, strict=True))
-    return span[1] > 2 * brightest or (span[0] >= 0 > darkest)
+    return span[1] > 10 * brightest or (span[0] >= 0 > darkest)
 
 
 def _stored_weights(module: nn.Module) -> bytes:
