@@ -5,10 +5,8 @@ Owns what each computes, as the ONNX specification has it. Knows neither files n
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,20 +60,6 @@ class _Window:
         behind = [size for more in reversed(self.further) for size in (0, more)]
         return functional.pad(functional.pad(x, around, value=padding), behind, value=further)
 
-    def each_channel(self, x: Array, weights: Array) -> Array:
-        """Each channel of `x`, which is padded, with its own weights [C, 1, …], a tap of the window at a time."""
-        steps = zip(x.shape[2:], self.kernel, self.strides, self.dilations, strict=True)
-        sizes = [(size - (taps - 1) * spread - 1) // step + 1 for size, taps, step, spread in steps]
-        made = np.zeros((*x.shape[:2], *sizes))
-        for taps in itertools.product(*map(range, self.kernel)):
-            starts = [at * spread for at, spread in zip(taps, self.dilations, strict=True)]
-            each = zip(starts, sizes, self.strides, strict=True)
-            read = [slice(start, start + (size - 1) * step + 1, step) for start, size, step in each]
-            tap: tuple[Any, ...] = (slice(None), 0, *taps)
-            windows: tuple[Any, ...] = (..., *read)
-            made += x[windows] * weights[tap].reshape(1, -1, *[1] * len(sizes))
-        return made
-
     def sums(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of each window."""
         ones = torch.ones(1, 1, *self.kernel, dtype=torch.float64)
@@ -110,9 +94,6 @@ class Conv(OpRun):
         window = _Window(x.shape[2:], weight.shape[2:], strides, dilations, pads, auto_pad)
         convolve = CONVOLUTIONS[len(window.kernel) - 1]
         padded = window.padded(_tensor(x), 0.0, 0.0)
-        if group == x.shape[1] == weight.shape[0] > 1:
-            alone = window.each_channel(padded.numpy(), weight)
-            return (alone if bias is None else alone + bias.reshape(1, -1, *[1] * (x.ndim - 2)),)
         offset = None if bias is None else _tensor(bias)
         made = convolve(padded, _tensor(weight), offset, window.strides, 0, window.dilations, group or 1)
         return (made.numpy(),)
