@@ -22,6 +22,8 @@ from trainer.recipes import DEFAULT_RECIPE
 if TYPE_CHECKING:
     from export.bundle import Bundle, FileEntry, Format, OutputKind
     from export.sources.ends import Given
+    from export.sources.material import Material
+    from export.sources.onnx_source import OnnxMaterial
     from export.sources.own import Own
     from export.variants import Plan
     from export.writing import Calibrated
@@ -110,6 +112,12 @@ def export(
         typer.Option(metavar="JSON", help="With --model: what it is made with, e.g. '{\"num_classes\": 37}'."),
     ] = None,
     onnx: Annotated[Path | None, typer.Option(help="An ONNX file, from anywhere, in the place of --model.")] = None,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace", help="With --model: trace it, where torch.export doesn't take it. The ONNX file is then folded."
+        ),
+    ] = False,
     weights: Annotated[
         Path | None, typer.Option(help="With --model: a file of its weights, safetensors or of torch.save.")
     ] = None,
@@ -208,6 +216,7 @@ def export(
                 "--pretrained": pretrained or None,
                 "--checkpoint": checkpoint,
                 "--aoti": aoti or None,
+                "--trace": trace or None,
             }
         )
     source = model if onnx is None else str(onnx)
@@ -237,11 +246,15 @@ def export(
             return
         target = out or Path("artifacts/bundles") / source.rpartition(":")[2]
         material = own.load(said, print, scratch)
+        if trace or isinstance(material.input.shape[0], int):
+            _end_without(_of_traced(said, material, target, strategy, asked, max_drop, scratch))
+            return
         plan = _plan_of(said, material, asked, aoti, max_drop)
     else:
         for name, given in (
             ("--weights", weights),
             ("--pretrained", pretrained or None),
+            ("--trace", trace or None),
             ("--model-args", model_args),
             ("--input", input),
             ("--output", output),
@@ -313,13 +326,39 @@ def _of_onnx(
     said: Own, target: Path, strategy: Strategy, asked: list[str], max_drop: float | None, scratch: Path
 ) -> Bundle:
     """The bundle of an ONNX file, published at `target`."""
-    start = time.perf_counter()
     from export.bundle import MANIFEST_NAME
     from export.sources import onnx_source
     from trainer.publish import refuse_foreign
 
     refuse_foreign(target, MANIFEST_NAME)  # before anything slow
-    material = onnx_source.load(said, print, scratch)
+    return _published(said, onnx_source.load(said, print, scratch), target, strategy, asked, max_drop)
+
+
+def _of_traced(
+    said: Own,
+    material: Material,
+    target: Path,
+    strategy: Strategy,
+    asked: list[str],
+    max_drop: float | None,
+    scratch: Path,
+) -> Bundle:
+    """The bundle of a model that is traced, published at `target`."""
+    from export.sources.traced import traced
+
+    if material.more_inputs:
+        raise UserError("A model that is traced takes one input; this one takes several.")
+    print("tracing the model, to ONNX and TorchScript: what its code decides by its numbers stays as it is decided now")
+    return _published(said, traced(material, scratch), target, strategy, asked, max_drop)
+
+
+def _published(
+    said: Own, material: OnnxMaterial, target: Path, strategy: Strategy, asked: list[str], max_drop: float | None
+) -> Bundle:
+    """The bundle of an ONNX file, published at `target`."""
+    start = time.perf_counter()
+    from export.sources import onnx_source
+
     plan = _plan_of(said, material, asked, False, max_drop, onnx_source.FORMATS)
     for missing in plan.left_out:
         print(f"left out {missing.what}: {missing.reason}")

@@ -6,6 +6,7 @@ torch in such a bundle, since there is no model of torch.
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Self
 import numpy as np
 import onnx
 import onnx.version_converter
+import torch
 
 from export import oracle_file
 from export.build import (
@@ -27,6 +29,7 @@ from export.build import (
     variants_of,
 )
 from export.bundle import (
+    BOX_KINDS,
     MANIFEST_NAME,
     Arrays,
     Bundle,
@@ -43,9 +46,10 @@ from export.checks import Checks, float32_errors
 from export.fold.from_onnx.file import has_external_data
 from export.fold.onnx_model import fold_onnx
 from export.fold.report import FoldReport, Runtime, Strategy
-from export.formats import onnx_float64, onnx_raw, openvino_file
+from export.formats import onnx_float64, onnx_raw, openvino_file, torchscript
 from export.formats.onnx_float64 import Float64File
 from export.formats.running import run_in_batches
+from export.oracle import outputs64
 from export.sources.onnx_source import OnnxMaterial
 from export.variants import File, Plan
 from export.writing import Written, calibration_inputs, quantise
@@ -86,7 +90,7 @@ def build(
         logits, *more = _outputs64(control, inputs, material)
         oracle = Oracle(material.raw, material.labels, logits, more_outputs=tuple(more))
         oracle_file.write(folder / "oracle.safetensors", oracle, (), material.outputs[1:])
-        entries = [_entry(folded, True), _entry(control, False)]
+        entries = [_entry(folded, True), _entry(control, False), *_scripts(folder, material)]
         say("checking every file with optimisations off")
         error, *more_errors = errors = float32_errors(
             entries[1], folder, oracle, inputs, material.outputs, material.batch
@@ -234,16 +238,36 @@ def _narrow(model: onnx.ModelProto) -> onnx.ModelProto:
     return narrow
 
 
+def _scripts(folder: Path, material: OnnxMaterial) -> list[FileEntry]:
+    """TorchScript of the model that the file was traced from, where there is one: unfolded, since it is the file that
+    is folded.
+    """
+    if material.module is None or not torchscript.available():
+        return []
+    path = folder / "model.unfolded.ts"
+    examples = (torch.from_numpy(np.asarray(rows[: material.batch or 2])) for rows in material.inputs)
+    torchscript.write(material.module, tuple(examples), path)
+    return [FileEntry(**data_file(path).model_dump(), format="torchscript", precision="float32", folded=False)]
+
+
 def _outputs64(control: Path, inputs: tuple[Rows, ...], material: OnnxMaterial) -> Arrays:
-    """Every output of the file for all inputs, in float64. Raises UserError where they can't be computed."""
+    """Every output for all inputs, in float64: of the model that the file was traced from, or of the file. Raises
+    UserError where they can't be computed.
+    """
+    batch = material.batch or ORACLE_BATCH
     try:
-        outputs = run_in_batches(Float64File(control), inputs, material.batch or ORACLE_BATCH, material.outputs)
+        if material.module is not None:
+            outputs = outputs64(copy.deepcopy(material.module).double(), inputs, batch, material.outputs)
+        else:
+            outputs = run_in_batches(Float64File(control), inputs, batch, material.outputs)
     except onnx_float64.NotComputable as error:
         raise UserError(
             f"{material.file} can't be computed in float64, so there is no truth to hold its files to: {error}. "
             "Without one it can still be folded: python -m export fold FILE --out FOLDED."
         ) from error
     for spec, output in zip(material.outputs, outputs, strict=True):
+        if spec.kind in BOX_KINDS:
+            continue
         expected = (len(material.raw), *spec.shape[1:])
         if output.shape != expected:
             raise ExportRefused(

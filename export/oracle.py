@@ -8,13 +8,14 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Self
 
 import torch
 from torch import fx, nn
 
-from export.bundle import Arrays
+from export.bundle import Arrays, Output
 from export.bundle.rows import Rows
 from export.formats.running import as_function, run_in_batches
 
@@ -22,10 +23,12 @@ CHUNK = 50
 """Images at a time: 1,000 took 0.52 s in chunks of 50, 0.70 s of 250, 0.85 s at once (float64, two cores)."""
 
 
-def outputs64(model64: nn.Module, inputs: tuple[Rows, ...], chunk: int = CHUNK) -> Arrays:
-    """Every output [N, …] of a float64 model for its inputs [N, …], of which floats are given in float64."""
+def outputs64(model64: nn.Module, inputs: tuple[Rows, ...], chunk: int = CHUNK, specs: Sequence[Output] = ()) -> Arrays:
+    """Every output [N, …] of a float64 model for its inputs [N, …], of which floats are given in float64; `specs` are
+    those of the outputs, where there may be lists among them.
+    """
     run = as_function(lambda *batch: model64(*map(in_float64, batch)))
-    return run_in_batches(run, inputs, chunk)
+    return run_in_batches(run, inputs, chunk, specs)
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:

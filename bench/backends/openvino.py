@@ -163,10 +163,12 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Slot:
-    """The memory of one batch size and the requests that compute on it, each on a piece."""
+    """The memory of one batch size and the requests that compute on it, each on a piece. An output is None whose size
+    is known when it is there.
+    """
 
     inputs: Arrays
-    outputs: Arrays
+    outputs: tuple[np.ndarray | None, ...]
     requests: tuple[Any, ...]
 
 
@@ -215,7 +217,11 @@ class OpenVinoSession:
         return prepared
 
     def fetch(self, output: Slot) -> Arrays:
-        return tuple(in_float32(array.copy()) for array in output.outputs)  # the next call of this size writes there
+        # Copies: the next call of this size writes there.
+        return tuple(
+            in_float32(output.requests[0].get_output_tensor(place).data.copy() if array is None else array.copy())
+            for place, array in zip(self._outputs, output.outputs, strict=True)
+        )
 
     def gpu_ns(self, call: Callable[[], object]) -> int | None:
         return None
@@ -239,14 +245,19 @@ class OpenVinoSession:
         models = [self._compile(tuple(array[part].shape for array in prepared)) for part in parts]
         ports = [models[0].output(place) for place in self._outputs]
         taken = tuple(np.empty(array.shape, array.dtype) for array in prepared)
-        made = tuple(np.empty((images, *port.shape[1:]), port.element_type.to_dtype()) for port in ports)
+        # A list of boxes is as long as it comes out: OpenVINO allocates that.
+        made = tuple(
+            np.empty((images, *port.shape[1:]), port.element_type.to_dtype()) if port.partial_shape.is_static else None
+            for port in ports
+        )
         requests = [model.create_infer_request() for model in models]
         shared = self._openvino.Tensor
         for request, part in zip(requests, parts, strict=True):
             for place, array in zip(self._inputs, taken, strict=True):
                 request.set_input_tensor(place, shared(array[part], shared_memory=True))
-            for place, array in zip(self._outputs, made, strict=True):
-                request.set_output_tensor(place, shared(array[part], shared_memory=True))
+            for place, output in zip(self._outputs, made, strict=True):
+                if output is not None:
+                    request.set_output_tensor(place, shared(output[part], shared_memory=True))
         return Slot(taken, made, tuple(requests))
 
     def _compile(self, shapes: Shapes) -> Any:

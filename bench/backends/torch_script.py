@@ -6,6 +6,7 @@ files of it are in use, and the C++ runtime needs no Python.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -73,7 +74,13 @@ class TorchScript:
         with warnings.catch_warnings():
             for kind in (FutureWarning, DeprecationWarning):  # what the module docstring says; which kind depends
                 warnings.simplefilter("ignore", kind)
-            module = load(str(path), map_location=self.device).eval()
+            try:
+                module = load(str(path), map_location=self.device).eval()
+            except RuntimeError as error:  # a detector's file calls operators that torchvision registers
+                if "torchvision::" not in str(error):
+                    raise
+                importlib.import_module("torchvision")
+                module = load(str(path), map_location=self.device).eval()
         settings: dict[str, Setting] = {"optimised_for_inference": False}
         if (tf32 := convolutions_allow_tf32(module)) is not None:
             settings["file_allows_tf32_in_convolutions"] = tf32

@@ -130,5 +130,6 @@ def export_program(
     first_line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
     raise FoldError(
         f"torch.export does not take this model: {first_line} Folding works on its graph; its documentation "
-        "says what a model must avoid (control flow that depends on data, for one)."
+        "says what a model must avoid (control flow that depends on data, for one). `python -m export --trace` "
+        "traces it instead."
     ) from problem

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
 from export.formats.onnx_session import open_session
 from export.formats.running import Run
+from trainer.errors import UserError
 
 OPSET = 20
 """Has GELU as one node; every onnxruntime from 1.17 on runs it."""
@@ -52,6 +54,38 @@ def write(
     exported.save(str(path), external_data=False)
     onnx.checker.check_model(str(path), full_check=True)
     return OPSET
+
+
+def write_traced(
+    module: nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    path: Path,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    *,
+    free: bool,
+) -> None:
+    """Trace the module on `examples` and write it to `path`, with every BatchNorm that it has; `free` are batches that
+    may have any size. Raises UserError where torch's exporter does not take the module.
+    """
+    names = [*input_names, *output_names]
+    try:
+        with _quiet(), torch.no_grad():
+            torch.onnx.export(
+                module,
+                examples,
+                str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                dynamic_axes={name: {0: "batch"} for name in names} if free else None,
+                training=torch.onnx.TrainingMode.PRESERVE,  # else it folds what it can by itself
+                external_data=False,
+            )
+    except Exception as error:  # of no common kind
+        raise UserError(f"torch can't trace this model: {type(error).__name__}: {error}.") from error
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 def batchnorms(path: Path) -> int:

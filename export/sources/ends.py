@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 
-from export.bundle import Arrays, Output, OutputKind, TensorSpec
+from export.bundle import BOX_KINDS, Arrays, Output, OutputKind, TensorSpec
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ class Given:
         shape = tuple(int(size.rstrip("?")) for size in sizes)
         return cls(shape, tuple(size.endswith("?") for size in sizes), match["name"], match["dtype"] or "float32")
 
-    def spec(self, name: str, dtype: str | None = None) -> TensorSpec:
-        """The input with a batch of any size before it."""
+    def spec(self, name: str, dtype: str | None = None, batch: int | None = None) -> TensorSpec:
+        """The input with a batch of that size before it, or of any."""
         names = FREE_NAMES.get(1 + len(self.shape), ())
         first = 1 + len(self.shape) - len(names)
         sizes = tuple(
             (names[place - first] if place >= first else f"size_{place}") if free else size
             for place, (size, free) in enumerate(zip(self.shape, self.free, strict=True), 1)
         )
-        return TensorSpec(name=name, dtype=dtype or self.dtype, shape=("batch", *sizes))
+        return TensorSpec(name=name, dtype=dtype or self.dtype, shape=(batch or "batch", *sizes))
 
 
 def parse_output(text: str) -> tuple[str, OutputKind]:
@@ -100,8 +100,11 @@ def other_sizes(specs: Sequence[TensorSpec], arrays: Arrays) -> Arrays | None:
     )
 
 
-def outputs_of(made: Any, again: Any, kinds: Mapping[str, OutputKind], model: str) -> tuple[Output, ...]:
-    """The outputs of a model that returned `made` for two inputs, and `again` for two of other sizes, or None.
+def outputs_of(
+    made: Any, again: Any, kinds: Mapping[str, OutputKind], model: str, batch: int | None = None
+) -> tuple[Output, ...]:
+    """The outputs of a model that returned `made` for two inputs, or for `batch` where it takes only these, and `again`
+    for as many of other sizes, or None.
 
     They are called as in the dict that the model returns, else ``output``, or ``output_0`` and on where there are
     several. Raises UserError where something else than tensors [batch, …] came back, or a kind is of no output.
@@ -110,17 +113,20 @@ def outputs_of(made: Any, again: Any, kinds: Mapping[str, OutputKind], model: st
     other = _named(again, model) if again is not None else tensors
     outputs = []
     for name, tensor in tensors.items():
-        if tensor.dim() < 1 or len(tensor) != 2:
+        dtype = "float32" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+        if batch == 1 and kinds.get(name) in BOX_KINDS:
+            outputs.append(Output(name=name, dtype=dtype, shape=("found", *tensor.shape[1:]), kind=kinds[name]))
+            continue
+        if tensor.dim() < 1 or len(tensor) != (batch or 2):
             raise UserError(
-                f"{model}: output {name} has shape {list(tensor.shape)} for two inputs; expected the batch as its "
-                "first dimension. Wrap the model in a module that returns what is to be compared."
+                f"{model}: output {name} has shape {list(tensor.shape)} for {batch or 2} inputs; expected the batch as "
+                "its first dimension. Wrap the model in a module that returns what is to be compared."
             )
         sizes = tuple(
             size if size == elsewhere else f"{name}_{axis}"
             for axis, (size, elsewhere) in enumerate(zip(tensor.shape[1:], other[name].shape[1:], strict=True), 1)
         )
-        dtype = "float32" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
-        outputs.append(Output(name=name, dtype=dtype, shape=("batch", *sizes), kind=kinds.get(name)))
+        outputs.append(Output(name=name, dtype=dtype, shape=(batch or "batch", *sizes), kind=kinds.get(name)))
     if unknown := [name for name in kinds if name not in tensors]:
         raise UserError(f"--output {unknown[0]}: {model} has no such output, but {', '.join(tensors)}.")
     return tuple(outputs)

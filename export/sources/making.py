@@ -43,11 +43,15 @@ class Declared:
 
 @dataclass(frozen=True)
 class Made:
-    """A model, what its library declares of its input, and what was noticed on the way, in words."""
+    """A model, what its library declares of its input, and what was noticed on the way, in words.
+
+    `batch` is the only batch size that it takes, None where it takes any.
+    """
 
     module: nn.Module
     declared: Declared | None
     notes: tuple[str, ...]
+    batch: int | None = None
 
 
 def make(model: str, arguments: Mapping[str, Any], weights: Path | None, pretrained: bool) -> Made:
@@ -68,7 +72,17 @@ def make(model: str, arguments: Mapping[str, Any], weights: Path | None, pretrai
     dtypes = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()}
     if narrower := sorted(dtypes - {"float32", "float64"}):
         notes.append(f"the model is {' and '.join(narrower)}; it is exported in float32, to which nothing is lost")
-    return Made(module.eval().float(), declared, tuple(notes))
+    batch = None
+    if kind == "torchvision" and name in _library("torchvision").models.list_models(module=_detection()):
+        from export.sources.detector import OneImage
+
+        module, batch = OneImage(module), 1
+        notes.append("a detector: its files take one image at a time, and give lists of boxes, scores and classes")
+    return Made(module.eval().float(), declared, tuple(notes), batch)
+
+
+def _detection() -> Any:
+    return importlib.import_module("torchvision.models.detection")
 
 
 def _by_timm(name: str, arguments: Mapping[str, Any], pretrained: bool) -> tuple[nn.Module, Declared | None]:

@@ -25,6 +25,7 @@ from trainer.errors import EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     import onnx
+    from torch import nn
 
 FEWEST_RANDOM = 16
 RANDOM_NUMBERS = 32 * 3 * 224 * 224
@@ -53,6 +54,8 @@ class OnnxMaterial:
     labels: np.ndarray | None
     class_names: tuple[str, ...] | None
     calibration: Calibration | None = None
+    module: nn.Module | None = None
+    """What the file was traced from, in eval mode and float32; None where there is no more than the file."""
 
     @property
     def inputs(self) -> tuple[Rows, ...]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PIXELS = 1 / 255
+FEW_RANDOM = 16
+"""Random inputs of a model that takes them one by one."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,16 @@ def load(own: Own, say: Callable[[str], None], scratch: Path) -> Material:
     _require_inputs(inputs)
     shape = inputs[0].shape
     require_finite(dict([*module.named_parameters(), *module.named_buffers()]), str(own.weights or own.model))
-    given = given_to(own, made.declared, shape, scratch, say) or Data(random_inputs(inputs[0], RANDOM_INPUTS), None)
-    preprocessing = preprocessing_of(own, made.declared, given, inputs[0], say)
-    specs = tuple(each.spec(each.name or "input") for each in inputs)
+    given = given_to(own, made.declared, shape, scratch, say)
+    if given is None:
+        given = Data(random_inputs(inputs[0], RANDOM_INPUTS if made.batch is None else FEW_RANDOM), None)
+    preprocessing = preprocessing_of(own, made.declared, given, inputs[0], say, made.batch)
+    specs = tuple(each.spec(each.name or "input", batch=made.batch) for each in inputs)
     more = _more_inputs(own, inputs[1:], len(given.inputs), scratch)
-    first = preprocessing.apply(np.asarray(given.inputs[:2]), specs[0].shape)
-    output, *more_outputs = _outputs(own, module, specs, (first, *(np.asarray(rows[:2]) for rows in more)))
+    few = made.batch or 2
+    first = preprocessing.apply(np.asarray(given.inputs[:few]), specs[0].shape)
+    examples = first, *(np.asarray(rows[:few]) for rows in more)
+    output, *more_outputs = _outputs(own, module, specs, examples, made.batch)
     given = labelled(given, output.shape[1:], f"--data {own.data}", say)
     calibrated = calibration_of(own, made.declared, given, shape, output.shape[1:], scratch, say)
     stored = _stored_weights(module)
@@ -135,8 +141,12 @@ def _more_inputs(own: Own, inputs: tuple[Given, ...], count: int, scratch: Path)
     return tuple(arrays[str(each.name)] for each in inputs)
 
 
-def _outputs(own: Own, module: nn.Module, specs: tuple[TensorSpec, ...], examples: Arrays) -> tuple[Output, ...]:
-    """What the model gives for two examples, and for larger ones where sizes may vary. Raises UserError."""
+def _outputs(
+    own: Own, module: nn.Module, specs: tuple[TensorSpec, ...], examples: Arrays, batch: int | None
+) -> tuple[Output, ...]:
+    """What the model gives for two examples, or for `batch`, and for larger ones where sizes may vary. Raises
+    UserError.
+    """
     import torch
 
     def call(arrays: Arrays) -> Any:
@@ -152,7 +162,13 @@ def _outputs(own: Own, module: nn.Module, specs: tuple[TensorSpec, ...], example
             ) from error
 
     larger = other_sizes(specs, examples)
-    outputs = outputs_of(call(examples), None if larger is None else call(larger), own.outputs, own.model)
+    again = None if larger is None else call(larger)
+    kinds = own.outputs
+    if batch is not None:
+        from export.sources.detector import KINDS
+
+        kinds = {**KINDS, **kinds}
+    outputs = outputs_of(call(examples), again, kinds, own.model, batch)
     taken = {spec.name for spec in specs}
     return tuple(
         output.model_copy(update={"name": output.name + "_out"}) if output.name in taken else output
@@ -234,7 +250,12 @@ def labelled(given: Data, outputs: tuple[Dimension, ...], where: str, say: Calla
 
 
 def preprocessing_of(
-    own: Own, declared: Declared | None, given: Data, first: Given, say: Callable[[str], None]
+    own: Own,
+    declared: Declared | None,
+    given: Data,
+    first: Given,
+    say: Callable[[str], None],
+    batch: int | None = None,
 ) -> Preprocessing:
     """What the user says of the inputs; of pixels of which nothing is said, what the library declares, if it does."""
     scale, mean, std = own.scale, own.mean, own.std
@@ -259,7 +280,7 @@ def preprocessing_of(
         raise UserError("--std divides: none of its values may be 0.", EXIT_USAGE)
     images = own.data is not None and own.data.is_dir()
     return Preprocessing(
-        raw=first.spec(first.name or "input", str(given.inputs.dtype)),
+        raw=first.spec(first.name or "input", str(given.inputs.dtype), batch),
         scale=1.0 if scale is None else scale,
         mean=mean or (0.0,),
         std=std or (1.0,),

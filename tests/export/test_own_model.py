@@ -179,7 +179,6 @@ REFUSED = {
     "not a path": ("mine.nets", "module:factory"),
     "raises": ("mine.nets:breaks", "no such disk"),
     "no module": ("mine.nets:no_module", "torch.nn.Module"),
-    "two outputs": ("mine.nets:two", "one tensor"),
     "not finite": ("mine.nets:nan", "head.weight"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -173,6 +174,61 @@ def test_what_can_not_be_is_said(options: list[str], code: int, says: str, folde
     assert says in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not (folder / "never").exists()
+
+
+def detector(folder: Path) -> tuple[str, ...]:
+    """What makes torchvision's smallest detector with weights that tell places apart: an untrained one gives thousands
+    of boxes the same score, and rounding chooses among them. The folder gets its weights, and images.
+    """
+    import safetensors.torch
+    import torchvision
+
+    name, arguments = "fasterrcnn_mobilenet_v3_large_320_fpn", {"weights_backbone": None, "num_classes": 5}
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, **arguments).eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = None
+            norm.reset_running_stats()
+        model.backbone.train()(4 * torch.rand(4, 3, 320, 480) - 2)
+        model.eval()
+        model.rpn.head.cls_logits.weight *= 3
+        model.roi_heads.box_predictor.cls_score.weight *= 10
+    safetensors.torch.save_file(model.state_dict(), folder / "detector.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 64, 96), dtype=np.uint8)
+    np.savez(folder / "images.npz", inputs=images)
+    given = ("--weights", "detector.safetensors", "--data", "images.npz", "--scale", str(1 / 255))
+    return ("--model", f"torchvision:{name}", "--model-args", json.dumps(arguments), *given, "--input", "3x64x96")
+
+
+@pytest.mark.slow
+def test_a_detector_of_torchvision(tmp_path: Path) -> None:
+    done = export(tmp_path, *detector(tmp_path), "--out", "bundle")
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert [(spec.name, spec.kind) for spec in bundle.manifest.outputs] == [
+        ("boxes", "boxes"),
+        ("scores", "box_scores"),
+        ("labels", "box_classes"),
+    ]
+    assert bundle.manifest.fixed_batch == 1
+    assert len(bundle.manifest.fold.folded) > 40
+    assert not bundle.manifest.fold.kept
+    assert bundle.oracle().logits.shape[0] == 6
+    command = [sys.executable, "-m", "bench", "run", "--bundle", "bundle", "--rounds", "2", "--processes", "1"]
+    names = ("onnx-cpu", "openvino-cpu", "torchscript-cpu")
+    done = subprocess.run(
+        [*command, *(word for name in names for word in ("--backend", name))],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(name in done.stdout for name in names)
 
 
 @pytest.mark.slow

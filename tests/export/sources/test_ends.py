@@ -80,7 +80,7 @@ def test_outputs_without_names_are_counted() -> None:
     [
         ((torch.zeros(2, 3), None), {}, "returns tuple of NoneType, Tensor"),
         ({}, {}, "of nothing"),
-        (torch.zeros(3, 2), {}, r"has shape \[3, 2\] for two inputs"),
+        (torch.zeros(3, 2), {}, r"has shape \[3, 2\] for 2 inputs"),
         (torch.tensor(1.0), {}, r"has shape \[\]"),
         (torch.zeros(2, 3), {"logits": "scores"}, "has no such output, but output"),
     ],
