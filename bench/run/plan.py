@@ -211,7 +211,7 @@ def _of_a_file(backend: Backend, bundle: Bundle) -> str | None:
     """Why a bundle can have no file for a backend, in words, where it was made of an ONNX file; else None."""
     if has_torch_program(bundle) or {"onnx", "openvino"}.intersection(backend.formats):
         return None
-    return f"it runs models of torch, and the bundle was made of a file, {bundle.manifest.source.factory}"
+    return f"it runs programs of torch.export, and the bundle of {bundle.manifest.source.factory} has none"
 
 
 def check_variants(variants: Sequence[str]) -> None:
