@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +102,19 @@ class Material:
         """Those of torch.export, for a network that takes the first input so."""
         taken = self.preprocessing.raw if takes == "raw" else self.input
         return dynamic_shapes((taken, *self.more_inputs))
+
+    def drawn(self, count: int) -> Material:
+        """With `count` of its inputs, drawn evenly and kept in memory; itself where it has no more."""
+        have = len(self.raw)
+        if count >= have:
+            return self
+        places = [index * have // count for index in range(count)]
+
+        def some(rows: Rows) -> np.ndarray:
+            return np.concatenate([np.asarray(rows[place : place + 1]) for place in places])
+
+        labels = None if self.labels is None else self.labels[places]
+        return replace(self, raw=some(self.raw), labels=labels, more_raw=tuple(map(some, self.more_raw)))
 
     def names(self, takes: Takes) -> tuple[list[str], list[str]]:
         """What the inputs and the outputs are called in a file that takes the first input so."""
