@@ -144,7 +144,7 @@ def build(
         with building(target, MANIFEST_NAME) as folder:
             entries = float32_files.write(folder, material, programs, effort.files, progress)
             if effort.files == "full":
-                (folder / float32_files.CHECKPOINT).write_bytes(material.weights)
+                (folder / float32_files.CHECKPOINT).write_bytes(material.weights())
             outputs = made.outputs
             if apart is not None:
                 with progress.step(f"computing the float64 oracle of {effort.inputs} inputs", effort.inputs) as advance:

@@ -6,6 +6,7 @@ Owns which networks there are and that each is held to the unfolded one. Knows n
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,8 @@ def fold_and_compare(
             progress.say("for torch:\n" + summary(for_torch.report))
             _require_equal(unfolded, for_torch.module, "the network folded for torch", progress)
         del other
+    if with_outputs:
+        gc.collect()  # of a large model: a graph is held by its own nodes
     ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
     networks = writing.networks(plan, model64, ways, examples64, sizes, strategy)
     for kind, network in networks.items():

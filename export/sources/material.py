@@ -6,7 +6,7 @@ Owns the record, and what must hold for every source. Knows neither file formats
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +66,11 @@ class Material:
     """What a bundle is made from: the trained `module` (float32, eval mode) and the inputs to hold it to.
 
     `raw` are rows [N, …] as a user has them, of the first input, and `more_raw` those of further inputs; `labels` are
-    int64 [N] or None. `weights` are the bytes of the safetensors file that the bundle keeps.
+    int64 [N] or None. `weights` makes the bytes of the safetensors file that a full bundle keeps.
     """
 
     module: nn.Module
-    weights: bytes
+    weights: Callable[[], bytes]
     source: Source
     input: TensorSpec
     output: Output
