@@ -114,6 +114,7 @@ def build(
     from export import oracle as truth
     from export.fold.batchnorm import as_module, export_program
     from export.folding import fold_and_compare
+    from export.memory import give_back
 
     refuse_foreign(target, MANIFEST_NAME)  # here too: nobody should wait for a fold to learn that
     progress, given = Progress(say), len(material.raw)
@@ -136,6 +137,8 @@ def build(
             apart.submit(as_module(program), material.inputs, effort.chunk)
         made = fold_and_compare(material, strategy, plan, effort, progress, with_outputs=apart is None)
         folded, for_torch = made.ways["onnxruntime"], made.ways["torch"]
+        if apart is None:
+            give_back()  # the float64 model
         onnx_program = export_program(folded.module.float(), examples, sizes)
         torch_program = onnx_program
         if for_torch is not folded:

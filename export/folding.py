@@ -6,7 +6,6 @@ Owns which networks there are and that each is held to the unfolded one. Knows n
 from __future__ import annotations
 
 import copy
-import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from export.effort import Effort
 from export.equality import Unfolded, require_equal_from_raw
 from export.fold import Folded, fold_batchnorm
 from export.fold.report import FoldReport, Runtime, Strategy
+from export.memory import give_back
 from export.oracle import in_float64, outputs64
 from export.progress import Progress
 from export.sources.ends import other_sizes
@@ -71,7 +71,7 @@ def fold_and_compare(
             _require_equal(unfolded, for_torch.module, "the network folded for torch", progress)
         del other
     if with_outputs:
-        gc.collect()  # of a large model: a graph is held by its own nodes
+        give_back()  # of a large model
     ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
     networks = writing.networks(plan, model64, ways, examples64, sizes, strategy)
     for kind, network in networks.items():
