@@ -7,66 +7,59 @@ rules of folding nor the details of a format.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 import export
 from export.bundle import (
     MANIFEST_NAME,
+    Arrays,
     Bundle,
     BundleError,
     DataFile,
     Environment,
     FileEntry,
-    Format,
     LeftOut,
     Manifest,
     Oracle,
     Source,
     Tolerances,
-    sha256_file,
 )
 from export.bundle.int8 import Int8Layers
-from export.bundle.rows import Rows
-from export.checks import CHECK_BATCHES, Checked, Checks, first, float32_errors
-from export.fold.report import FoldReport, Runtime, Strategy
-from export.sources.ends import other_sizes
+from export.checks import Checked, Checks, float32_errors, runner
+from export.effort import LARGE_BYTES, Asked, Cost, Effort, fitted, measured, weight_bytes
+from export.errors import ExportRefused
+from export.fold.report import Runtime, Strategy
+from export.formats.running import run_in_batches
+from export.progress import Progress, Say
 from export.variants import File, Plan
-from trainer.errors import EXIT_NEGATIVE, UserError, no_interrupt_lost
+from trainer.errors import UserError, no_interrupt_lost
 from trainer.provenance import cpu_name, git_commit, installed
 from trainer.publish import building, refuse_foreign
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from export.fold import Folded
     from export.sources.material import Material
-    from export.writing import Networks, Written
-
-EXACT = 1e-12
-"""Largest relative difference, in float64, between the folded network and the unfolded one."""
+    from export.writing import Written
 
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "safetensors")
 INT8_LIBRARIES = ("openvino",)
-NO_VARIANTS = Plan()
+NO_VARIANTS, FITTED = Plan(), Asked()
 
 
-class ExportRefused(UserError):
-    """The export made something that isn't right, so nothing was published."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(f"{message} Nothing was published.", EXIT_NEGATIVE)
-
-
-def fingerprint(source: Source, strategy: str, plan: Plan = NO_VARIANTS, calibration: str | None = None) -> str:
+def fingerprint(
+    source: Source,
+    strategy: str,
+    plan: Plan = NO_VARIANTS,
+    calibration: str | None = None,
+    asked: Asked = FITTED,
+) -> str:
     """SHA-256 over everything that determines a bundle: weights, options, versions, and this package's own code.
 
     `calibration` identifies the inputs that int8 files are calibrated with. Machine code is for one processor.
@@ -83,6 +76,7 @@ def fingerprint(source: Source, strategy: str, plan: Plan = NO_VARIANTS, calibra
         "files": [file.name for file in plan.files],
         "calibration": calibration if plan.calibrated else None,
         "max_drop": plan.max_drop,
+        "effort": asdict(asked),
         "processor": cpu_name() if plan.compiled else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -105,82 +99,69 @@ def _versions(plan: Plan) -> dict[str, str]:
 
 
 def build(
-    material: Material, target: Path, strategy: Strategy, say: Callable[[str], None], plan: Plan = NO_VARIANTS
+    material: Material, target: Path, strategy: Strategy, say: Say, plan: Plan = NO_VARIANTS, asked: Asked = FITTED
 ) -> Bundle:
     """Make a bundle of `material` and publish it at `target`: the float32 files, and those of `plan`.
 
-    `say` is told of each step. Raises ExportRefused (exit code 1) when the fold or a float32 file is not right,
-    UserError when the place can't be written; in both cases what was at `target` before is untouched. A file of `plan`
-    that is not right is left out, and the manifest says why.
+    `say` is told of each step, from other threads too. How much the files are held to is fitted to what the model
+    costs, where `asked` does not say it. Raises ExportRefused (exit code 1) when the fold or a float32 file is not
+    right, UserError when the place can't be written; in both cases what was at `target` before is untouched. A file of
+    `plan` that is not right is left out, and the manifest says why.
     """
     import torch
 
+    from export import float32_files, oracle_file, writing
     from export import oracle as truth
-    from export import oracle_file, writing
-    from export.fold import fold_batchnorm
     from export.fold.batchnorm import as_module, export_program
+    from export.folding import fold_and_compare
+    from export.memory import give_back
 
     refuse_foreign(target, MANIFEST_NAME)  # here too: nobody should wait for a fold to learn that
-    with truth.Outputs64() as oracle_process:
-        inputs = material.inputs
-        calibration = None if material.calibration is None else material.calibration.identity
+    progress, given = Progress(say), len(material.raw)
+    calibration = None if material.calibration is None else material.calibration.identity
+    wanted = fingerprint(material.source, strategy, plan, calibration, asked)
+    with contextlib.ExitStack() as stack:
+        # A large model is in memory often enough.
+        apart = None if weight_bytes(material.module) >= LARGE_BYTES else stack.enter_context(truth.Outputs64())
+        with progress.step("measuring what an input costs"):
+            cost = measured(material.module, material.examples)
+        effort = fitted(cost, given, _bytes_per_input(material), asked)
+        if effort.inputs < given:
+            say(_fewer(effort, given, cost))
+        material = material.drawn(effort.inputs)
         examples = tuple(map(torch.from_numpy, material.examples))
-        few = tuple(np.asarray(rows) for rows in first(inputs, CHECK_BATCHES[1]))
-        examples64 = tuple(map(truth.in_float64, examples))
         sizes = material.dynamic_shapes()
-        say("folding")
-        program = export_program(material.module, examples, sizes)
-        oracle_process.submit(as_module(program), inputs)
-        # In float64, so that the fold itself is held to float64's precision; the files get weights rounded once.
-        model64 = copy.deepcopy(material.module).double()
-        folded = fold_batchnorm(model64, examples64, dynamic_shapes=sizes, strategy=strategy)
-        say(summary(folded.report))
-        larger = other_sizes((material.input, *material.more_inputs), few)
-        for given in (inputs, larger):
-            if given is not None:
-                _require_equal(model64, folded.module, given)
-        chosen = strategy in ("auto", "all")
-        for_torch = _folded_for_torch(model64, examples64, sizes, folded, strategy) if chosen else folded
+        with progress.step("exporting the model's graph"):
+            program = export_program(material.module, examples, sizes)
+        if apart is not None:
+            apart.submit(as_module(program), material.inputs, effort.chunk)
+        made = fold_and_compare(material, strategy, plan, effort, progress, with_outputs=apart is None)
+        folded, for_torch = made.ways["onnxruntime"], made.ways["torch"]
+        if apart is None:
+            give_back()  # the float64 model
+        onnx_program = export_program(folded.module.float(), examples, sizes)
+        torch_program = onnx_program
         if for_torch is not folded:
-            say("for torch:\n" + summary(for_torch.report))
-            _require_equal(model64, for_torch.module, inputs)
-        ways: dict[Runtime, Folded] = {"onnxruntime": folded, "torch": for_torch}
-        networks = writing.networks(plan, model64, ways, examples64, sizes, strategy)
-        for network in networks.values():
-            _require_equal(model64, network, inputs)
-        if any(file.takes == "raw" for file in plan.files):
-            _require_equal_from_raw(model64, networks, material)
+            torch_program = export_program(for_torch.module.float(), examples, sizes)
+        programs = float32_files.Programs(program, onnx_program, torch_program, for_torch.module)
         with building(target, MANIFEST_NAME) as folder:
-            say(f"writing, and computing the float64 oracle of {len(material.raw)} inputs")
-            onnx_program = export_program(folded.module.float(), examples, sizes)
-            torch_program = onnx_program
-            if for_torch is not folded:
-                torch_program = export_program(for_torch.module.float(), examples, sizes)
-            entries = _write_files(folder, material, program, onnx_program, torch_program, for_torch.module, say)
-            (folder / "checkpoint.safetensors").write_bytes(material.weights)
-            logits, *more_outputs = oracle_process.wait()
-            if not all(np.isfinite(output).all() for output in (logits, *more_outputs)):
-                raise ExportRefused("The model's float64 outputs are not finite (NaN or infinity) for some inputs.")
-            oracle = Oracle(material.raw, material.labels, logits, material.more_raw, tuple(more_outputs))
+            entries = float32_files.write(folder, material, programs, effort.files, progress)
+            if effort.files == "full":
+                (folder / float32_files.CHECKPOINT).write_bytes(material.weights())
+            outputs = made.outputs
+            if apart is not None:
+                with progress.step(f"computing the float64 oracle of {effort.inputs} inputs", effort.inputs) as advance:
+                    outputs = apart.wait(advance)
+            assert outputs is not None
+            oracle = _oracle(material, outputs)
             oracle_file.write(folder / "oracle.safetensors", oracle, material.more_inputs, material.more_outputs)
-            say("checking every file with optimisations off")
-            (reference,) = (entry for entry in entries if entry.format == "pt2" and not entry.folded)
-            error, *more_errors = float32_errors(reference, folder, oracle, inputs, material.outputs)
-            if not np.isfinite([error, *more_errors]).all():
-                raise ExportRefused("The unfolded model's float32 outputs are not finite: it overflows.")
-            kept: dict[Runtime, int] = {runtime: len(way.report.kept) for runtime, way in ways.items()}
-            tolerances = Tolerances(float32_rms_error=error, more_float32_rms_errors=tuple(more_errors))
-            elsewhere = None
-            if larger is not None:
-                logits, *more_outputs = truth.outputs64(model64, larger)
-                elsewhere = larger, Oracle(larger[0], None, logits, larger[1:], tuple(more_outputs))
-            checks = Checks(folder, oracle, inputs, material.outputs, kept, tolerances, elsewhere)
-            for entry in entries:
-                if (problem := checks.check(entry).problem) is not None:
-                    raise ExportRefused(f"{entry.path} is not right: {problem}.")
-            with writing.Writer(networks, material, folder, plan.max_drop) as writer:
-                made, lacking = variants_of(plan, writer, checks, say)
-            entries += made
+            kept: dict[Runtime, int] = {runtime: len(way.report.kept) for runtime, way in made.ways.items()}
+            checks = _checked(folder, material, oracle, made.elsewhere, kept, entries, effort, progress)
+            with writing.Writer(made.networks, material, folder, plan.max_drop) as writer:
+                variants, lacking = variants_of(plan, writer, checks, progress)
+            entries += variants
+            left_out = (*float32_files.left_out(effort.files, cost.weight_bytes), *plan.left_out, *lacking)
+            full = effort.files == "full"
             manifest = Manifest(
                 schema_version=1,
                 name=target.name,
@@ -192,73 +173,75 @@ def build(
                 preprocessing=material.preprocessing,
                 class_names=material.class_names,
                 files=tuple(entries),
-                left_out=(*plan.left_out, *lacking),
-                checkpoint=data_file(folder / "checkpoint.safetensors"),
-                oracle=data_file(folder / "oracle.safetensors"),
+                left_out=left_out,
+                checkpoint=DataFile.of(folder / float32_files.CHECKPOINT) if full else None,
+                oracle=DataFile.of(folder / "oracle.safetensors"),
+                proof=effort.proof(given),
                 fold=folded.report,
                 fold_for_torch=None if for_torch is folded else for_torch.report,
-                tolerances=tolerances,
+                tolerances=checks.tolerances,
                 environment=environment_of(plan),
-                fingerprint=fingerprint(material.source, strategy, plan, calibration),
+                fingerprint=wanted,
             )
             (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
     return Bundle.open(target)
 
 
-def _folded_for_torch(
-    model64: nn.Module,
-    examples64: tuple[torch.Tensor, ...],
-    dynamic_shapes: tuple[dict[int, Any], ...],
-    folded: Folded,
-    strategy: Strategy,
-) -> Folded:
-    """The network as `strategy` folds it for torch; `folded` itself where that is the same."""
-    from export.fold import fold_batchnorm
-
-    other = fold_batchnorm(model64, examples64, dynamic_shapes=dynamic_shapes, strategy=strategy, runtime="torch")
-    return folded if _ways(other.report) == _ways(folded.report) else other
+def _bytes_per_input(material: Material) -> int:
+    """What an input takes in the oracle's file."""
+    rows = (material.raw, *material.more_raw)
+    return sum(int(np.prod(each.shape[1:], dtype=np.int64)) * each.dtype.itemsize for each in rows)
 
 
-def _write_files(
+def _fewer(effort: Effort, given: int, cost: Cost) -> str:
+    return (
+        f"held to {effort.inputs} of the {given} inputs, drawn evenly: one takes {cost.seconds32:.2g} s in float32 and "
+        f"{cost.seconds64:.2g} s in float64; --samples {given} takes all"
+    )
+
+
+def _oracle(material: Material, outputs: Arrays) -> Oracle:
+    """Raises ExportRefused where the outputs are not finite."""
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise ExportRefused("The model's float64 outputs are not finite (NaN or infinity) for some inputs.")
+    logits, *more = outputs
+    return Oracle(material.raw, material.labels, logits, material.more_raw, tuple(more))
+
+
+def _checked(
     folder: Path,
     material: Material,
-    program: torch.export.ExportedProgram,
-    onnx_program: torch.export.ExportedProgram,
-    torch_program: torch.export.ExportedProgram,
-    for_torch: torch.fx.GraphModule,
-    say: Callable[[str], None],
-) -> list[FileEntry]:
-    """The float32 files: of `program`, which is not folded, and of the network folded for each runtime."""
-    import torch
-
-    from export.formats import onnx_file, pt2, torchscript
-
-    examples = tuple(map(torch.from_numpy, material.examples))
-    names = material.names("preprocessed")
-    pt2.write(program, folder / "model.unfolded.pt2")
-    pt2.write(torch_program, folder / "model.pt2")
-    opset = onnx_file.write(onnx_program, folder / "model.onnx", *names, optimize=True)
-    # torch's own optimiser would fold what it can, and the control would be none.
-    onnx_file.write(program, folder / "model.unfolded.onnx", *names, optimize=False)
-
-    def entry(name: str, format: Format, folded: bool, opset: int | None = None) -> FileEntry:
-        return FileEntry(
-            **data_file(folder / name).model_dump(), format=format, precision="float32", folded=folded, opset=opset
-        )
-
-    entries = [
-        entry("model.onnx", "onnx", True, opset),
-        entry("model.unfolded.onnx", "onnx", False, opset),
-        entry("model.pt2", "pt2", True),
-        entry("model.unfolded.pt2", "pt2", False),
-    ]
-    if torchscript.available():
-        torchscript.write(for_torch, examples, folder / "model.ts")
-        torchscript.write(material.module, examples, folder / "model.unfolded.ts")
-        entries += [entry("model.ts", "torchscript", True), entry("model.unfolded.ts", "torchscript", False)]
-    else:
-        say(f"torch {torch.__version__} has no TorchScript any more, so none is written")
-    return entries
+    oracle: Oracle,
+    elsewhere: tuple[Arrays, Arrays] | None,
+    kept: dict[Runtime, int],
+    entries: list[FileEntry],
+    effort: Effort,
+    progress: Progress,
+) -> Checks:
+    """What files are held to, once the float32 files were. Raises ExportRefused for the first that is not right."""
+    (reference,) = (entry for entry in entries if entry.format == "pt2" and not entry.folded)
+    whole, odd = effort.batches
+    with progress.step(f"running {reference.path} on {effort.inputs} inputs", effort.inputs) as advance:
+        found = run_in_batches(runner(folder, reference), material.inputs, whole, material.outputs, advance)
+    error, *more_errors = float32_errors(found, oracle, material.outputs)
+    if not np.isfinite([error, *more_errors]).all():
+        raise ExportRefused("The unfolded model's float32 outputs are not finite: it overflows.")
+    tolerances = Tolerances(float32_rms_error=error, more_float32_rms_errors=tuple(more_errors))
+    others = None
+    if elsewhere is not None:
+        inputs, (logits, *more) = elsewhere
+        others = inputs, Oracle(inputs[0], None, logits, inputs[1:], tuple(more))
+    checks = Checks(folder, oracle, material.inputs, material.outputs, kept, tolerances, effort, others)
+    progress.say(
+        f"checking each file with optimisations off, on {effort.checked} inputs at batch {whole}"
+        + ("" if odd is None else f" and {min(3 * odd, effort.inputs)} at batch {odd}")
+    )
+    for entry in entries:
+        with progress.step(f"checking {entry.path}", checks.calls(entry)) as advance:
+            problem = checks.check(entry, advance).problem
+        if problem is not None:
+            raise ExportRefused(f"{entry.path} is not right: {problem}.")
+    return checks
 
 
 class FileWriter(Protocol):
@@ -272,41 +255,42 @@ class FileWriter(Protocol):
 
 
 def variants_of(
-    plan: Plan, writer: FileWriter, checks: Checks, say: Callable[[str], None]
+    plan: Plan, writer: FileWriter, checks: Checks, progress: Progress
 ) -> tuple[list[FileEntry], list[LeftOut]]:
     """The files of a plan that are right, and why the others are not."""
     entries, left_out = [], []
     for file in plan.files:
-        made = variant_of(file, writer, checks, say)
+        made = variant_of(file, writer, checks, progress)
         if isinstance(made, FileEntry):
             entries.append(made)
             continue
         left_out.append(LeftOut(what=file.name, reason=made, asked_for=file.name in plan.by_name))
-        say(f"left out {file.name}: {made}")
+        progress.say(f"left out {file.name}: {made}")
     return entries, left_out
 
 
-def variant_of(file: File, writer: FileWriter, checks: Checks, say: Callable[[str], None]) -> FileEntry | str:
+def variant_of(file: File, writer: FileWriter, checks: Checks, progress: Progress) -> FileEntry | str:
     """A file of the plan, written and checked; or why it is not right, in words, and then nothing of it is left."""
     from export.formats import openvino_file
 
-    say(f"making {file.name}")
     path = checks.folder / file.name
     companions = (openvino_file.weights(path),) if file.format == "openvino" else ()
     try:
         with no_interrupt_lost():
-            written = writer.write(file)
+            with progress.step(f"making {file.name}"):
+                written = writer.write(file)
             entry = FileEntry(
-                **data_file(path).model_dump(),
+                **DataFile.of(path).model_dump(),
                 format=file.format,
                 precision=file.precision,
                 folded=True,
                 takes=file.takes,
                 opset=written.opset,
-                companions=tuple(data_file(companion) for companion in companions),
+                companions=tuple(map(DataFile.of, companions)),
                 int8=written.int8,
             )
-            checked = checks.check(entry)
+            with progress.step(f"checking {file.name}", checks.calls(entry)) as advance:
+                checked = checks.check(entry, advance)
     except (UserError, OSError):  # a full disk is no fault of this file's
         raise
     except Exception as error:  # quantisers and compilers raise whatever they like; the other files are none the worse
@@ -335,83 +319,6 @@ def _worst_layers(ranking: Int8Layers | None) -> str | None:
     return (
         f"Its error would be less than {ranking.all_int8_error_percent:.2g} % with these in float: {', '.join(layers)}"
     )
-
-
-def _require_equal(model64: nn.Module, folded64: nn.Module, inputs: tuple[Rows, ...]) -> None:
-    """The folded network against the unfolded one, both float64, on real and random inputs and on borders alone."""
-    import torch
-
-    from export.oracle import in_float64
-
-    real = [in_float64(torch.from_numpy(np.asarray(rows))) for rows in first(inputs, 100)]
-    generator = torch.Generator().manual_seed(0)
-    noise = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64) if x.is_floating_point() else x for x in real
-    ]
-    border = [_border_of(x, x.dim() - 2) if x.is_floating_point() else x for x in noise]
-    for what, given in (("real", real), ("random", noise), ("border", border)):
-        with torch.no_grad():
-            wanted, found = model64(*given), folded64(*given)
-        _require_exact(found, wanted, f"The folded network differs from the unfolded one on {what} inputs")
-
-
-def _require_equal_from_raw(model64: nn.Module, networks: Networks, material: Material) -> None:
-    """The same for the networks with the preprocessing in front, on raw inputs, the darkest and the brightest too."""
-    import torch
-
-    from export.raw_input import FromRaw, reference
-
-    preprocessing = material.preprocessing
-    real = torch.from_numpy(np.array(material.raw[:100]))
-    limits = torch.iinfo(real.dtype)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(limits.min, limits.max + 1, real.shape, generator=generator, dtype=real.dtype)
-    flat = torch.stack([torch.full_like(real[0], value) for value in (limits.min, limits.max)])
-    border = _border_of(noise, min(len(material.input.shape) - 2, noise.dim() - 1))
-    for network in networks.values():
-        from_raw = FromRaw(network, preprocessing, material.input, torch.float64)
-        for what, x in (("real", real), ("random", noise), ("border", border), ("flat", flat)):
-            with torch.no_grad():
-                wanted, found = reference(model64, preprocessing, material.input, x), from_raw(x)
-            _require_exact(
-                found, wanted, f"The network with the preprocessing inside is not right on {what} raw inputs"
-            )
-
-
-def _border_of(x: torch.Tensor, spatial: int) -> torch.Tensor:
-    """`x` with zeros inside; the last `spatial` dimensions are those that have a border."""
-    border = x.clone()
-    if spatial > 0:
-        border[tuple([slice(None)] * (x.dim() - spatial) + [slice(1, -1)] * spatial)] = 0
-    return border
-
-
-def _require_exact(found: object, wanted: object, complaint: str) -> None:
-    from export.formats.running import tensors_of
-
-    for output, truth in zip(tensors_of(found), tensors_of(wanted), strict=True):
-        if not truth.is_floating_point():  # what names something has no size, and ties may go either way
-            continue
-        error = float((output - truth).abs().max() / truth.abs().max())
-        if not error <= EXACT:
-            raise ExportRefused(f"{complaint}: off by {error:.1e} (relative, float64).")
-
-
-def data_file(path: Path) -> DataFile:
-    """What the manifest says of a file of the bundle that lies at `path`."""
-    return DataFile(path=path.name, sha256=sha256_file(path), bytes=path.stat().st_size)
-
-
-def _ways(report: FoldReport) -> list[tuple[str, str]]:
-    return [(norm.name, norm.method) for norm in report.folded]
-
-
-def summary(report: FoldReport) -> str:
-    """What became of each BatchNorm, a line each."""
-    lines = [f"folded {norm.name}: {norm.method}, into {', '.join(norm.into)}" for norm in report.folded]
-    lines += [f"kept {norm.name}: {norm.reason}" for norm in report.kept]
-    lines += [f"simplified {other.name}: {other.method}, into {', '.join(other.into)}" for other in report.simplified]
-    return "\n".join(lines or ["the model has no BatchNorm"])
 
 
 def environment_of(plan: Plan) -> Environment:

@@ -1,7 +1,8 @@
 """Holding each file of a bundle to the oracle, as soon as it is written.
 
-Owns how many inputs a file is run on, at which batch sizes, and what it is run with. The verdict is
-`export.bundle.verdict`'s; what becomes of a file that is not right is up to whoever asks.
+Owns what a file is run with, and on which of the inputs; how many these are, and at which batch sizes, says
+`export.effort`. The verdict is `export.bundle.verdict`'s; what becomes of a file that is not right is up to whoever
+asks.
 """
 
 from __future__ import annotations
@@ -13,17 +14,13 @@ from types import ModuleType
 
 import numpy as np
 
-from export.bundle import BOX_KINDS, Arrays, CpuVerdict, FileEntry, Oracle, Output, Tolerances
+from export.bundle import BOX_KINDS, FLOAT32, Arrays, CpuVerdict, FileEntry, Oracle, Output, Tolerances
 from export.bundle.rows import Rows
 from export.bundle.verdict import all_at_batch, departure, judge_all, rms_error
+from export.effort import Effort
 from export.fold.report import Runtime
 from export.formats.running import Run, run_in_batches
-
-CHECK_BATCHES = (500, 7)
-"""Two batch sizes, for what is written for one batch size alone; the odd one is run on a few images."""
-CHECK_INPUTS = 2_500
-"""float32 files are checked on so many of the oracle's inputs. The reference runs all of them, since its error is the
-unit, and so do files of other precisions, whose predictions are counted."""
+from export.progress import Advance, unheard
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class Checks:
     """What the files in a folder are held to: the oracle, whose inputs the model takes as `inputs`, [N, …] each, and
     whose outputs are `outputs`.
 
-    `kept` is how many BatchNorms the network has left that is folded for each runtime. `elsewhere` are inputs of other
-    sizes with their oracle, where sizes may vary. `batch` is the only batch size that the files take, None for any.
+    `kept` is how many BatchNorms the network has left that is folded for each runtime. `effort` says how many inputs
+    are run, and at which batch sizes. `elsewhere` are inputs of other sizes with their oracle, where sizes may vary.
     """
 
     folder: Path
@@ -49,23 +46,28 @@ class Checks:
     outputs: tuple[Output, ...]
     kept: dict[Runtime, int]
     tolerances: Tolerances
+    effort: Effort
     elsewhere: tuple[Arrays, Oracle] | None = None
-    batch: int | None = None
 
-    def check(self, entry: FileEntry) -> Checked:
-        """Load a file again, run it, and judge what it gives."""
-        whole, odd = CHECK_BATCHES if self.batch is None else (self.batch, None)
+    def calls(self, entry: FileEntry) -> int:
+        """How many inputs `check` runs through a file."""
+        whole = self.effort.checked if entry.precision == FLOAT32 else len(self.oracle.logits)
+        return whole + min(3 * (self.effort.batches[1] or 0), len(self.oracle.logits))
+
+    def check(self, entry: FileEntry, advance: Advance = unheard) -> Checked:
+        """Load a file again, run it, and judge what it gives. `advance` is told of each batch."""
+        whole, odd = self.effort.batches
         problem = self._unfolded(entry)
         if problem is not None:
             return Checked(problem)
         run = runner(self.folder, entry)
         taken = self.oracle.inputs if entry.takes == "raw" else self.inputs
-        strict = entry.precision == "float32"
-        most = max(1, CHECK_INPUTS // whole) * whole if strict else len(taken[0])
-        outputs = run_in_batches(run, first(taken, most), whole, self.outputs)
+        strict = entry.precision == FLOAT32
+        taken_whole = first(taken, self.effort.checked) if strict else taken
+        outputs = run_in_batches(run, taken_whole, whole, self.outputs, advance)
         problem = self._failure(outputs, entry)
         if problem is None and odd is not None:
-            few = run_in_batches(run, first(taken, 3 * odd), odd, self.outputs)
+            few = run_in_batches(run, first(taken, 3 * odd), odd, self.outputs, advance)
             problem = self._failure(few, entry) if strict else departure(few, outputs, self.oracle)
         if problem is None and entry.takes == "preprocessed":
             problem = self._other_sizes(run, entry)
@@ -111,18 +113,10 @@ def first(inputs: tuple[Rows, ...], count: int) -> tuple[Rows, ...]:
     return tuple(rows[:count] for rows in inputs)
 
 
-def float32_errors(
-    reference: FileEntry,
-    folder: Path,
-    oracle: Oracle,
-    inputs: tuple[Rows, ...],
-    specs: tuple[Output, ...],
-    batch: int | None = None,
-) -> tuple[float, ...]:
-    """The RMS error of each output of a float32 file on the oracle's inputs, the unit of all others; infinite where it
-    overflows, and 0 of whole numbers and of lists. `batch` is the only batch size that the file takes; None: any.
+def float32_errors(found: Arrays, oracle: Oracle, specs: tuple[Output, ...]) -> tuple[float, ...]:
+    """The RMS error of each output that float32 gave for the oracle's inputs, the unit of all others; infinite where it
+    overflows, and 0 of whole numbers and of lists.
     """
-    found = run_in_batches(runner(folder, reference), inputs, batch or CHECK_BATCHES[0], specs)
     return tuple(
         rms_error(output, truth) if truth.dtype.kind == "f" and spec.kind not in BOX_KINDS else 0.0
         for spec, output, truth in zip(specs, found, oracle.outputs, strict=True)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from export.effort import Asked, Files
 from export.fold.report import FoldReport, Strategy
 from export.sources.framing import Interpolation
-from trainer.errors import EXIT_NEGATIVE, UserError
+from trainer.errors import EXIT_NEGATIVE, EXIT_USAGE, UserError
 from trainer.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
@@ -78,6 +79,23 @@ def _arguments(text: str | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise typer.BadParameter(f"--model-args {text!r} names no arguments; expected an object, like '{{\"a\": 1}}'.")
     return found
+
+
+def _two_sizes(option: str, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        first, second = (int(part) for part in text.split(","))
+    except ValueError:
+        first = second = 0
+    if min(first, second) < 1 or first == second:
+        raise typer.BadParameter(f"{option} {text!r}: expected two different batch sizes, for example 16,3.")
+    return first, second
+
+
+def _say(line: str) -> None:
+    """Where the output goes to a file or a pipe, too, as soon as it is said."""
+    print(line, flush=True)
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
@@ -150,7 +168,10 @@ def export(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Take so many of --data at most, drawn evenly. Default: all.")
+        int | None,
+        typer.Option(
+            min=2, help="Take so many of --data, drawn evenly. Default: all, or as many as two minutes allow for."
+        ),
     ] = None,
     resize: Annotated[
         str | None,
@@ -190,6 +211,21 @@ def export(
     calibration_samples: Annotated[
         int | None, typer.Option(min=2, help="Take so many of --calibration at most, drawn evenly. Default: all.")
     ] = None,
+    check_batches: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="The two batch sizes at which every file is checked. Default: 500,7, or fewer where the model's "
+            "activations are large.",
+        ),
+    ] = None,
+    files: Annotated[
+        Files | None,
+        typer.Option(
+            help="lean: what is deployed, and the reference. full: also the unfolded controls, the folded pt2 and the "
+            "checkpoint. Default: full, and lean from 50 MB of weights on."
+        ),
+    ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -203,6 +239,12 @@ def export(
     if context.invoked_subcommand is not None:
         return
     start = time.perf_counter()
+    effort = Asked(
+        # The article's network is cheap, and whoever says how many inputs are taken means it.
+        all_inputs=model is None or samples is not None,
+        batches=_two_sizes("--check-batches", check_batches),
+        files=files,
+    )
     from export import build, variants
     from export.sources import article, own
 
@@ -217,6 +259,8 @@ def export(
                 "--checkpoint": checkpoint,
                 "--aoti": aoti or None,
                 "--trace": trace or None,
+                "--check-batches": check_batches,
+                "--files": files,
             }
         )
     source = model if onnx is None else str(onnx)
@@ -245,8 +289,10 @@ def export(
             _end_without(_of_onnx(said, target, strategy, asked, max_drop, scratch))
             return
         target = out or Path("artifacts/bundles") / source.rpartition(":")[2]
-        material = own.load(said, print, scratch)
+        material = own.load(said, _say, scratch)
         if trace or isinstance(material.input.shape[0], int):
+            if check_batches is not None or files is not None:
+                raise UserError("--check-batches and --files are for models that torch.export takes.", EXIT_USAGE)
             _end_without(_of_traced(said, material, target, strategy, asked, max_drop, scratch))
             return
         plan = _plan_of(said, material, asked, aoti, max_drop)
@@ -275,7 +321,7 @@ def export(
         target = out or Path("artifacts/bundles") / recipe
         described = article.describe(path)
         plan = variants.plan(asked, aoti, None, None, max_drop)
-        fingerprint = build.fingerprint(described, strategy, plan, article.calibration_identity())
+        fingerprint = build.fingerprint(described, strategy, plan, article.calibration_identity(), effort)
         if (there := build.up_to_date(target, fingerprint)) is not None:
             print(f"nothing changed: {target} is up to date and every file is as it was published")
             _end_without(there)
@@ -283,7 +329,7 @@ def export(
         material = article.load(path, described, data_dir, calibrated=plan.calibrated)
     for missing in plan.left_out:
         print(f"left out {missing.what}: {missing.reason}")
-    bundle = build.build(material, target, strategy, print, plan)
+    bundle = build.build(material, target, strategy, _say, plan, effort)
     _print_files(bundle)
     print(f"published {target} in {time.perf_counter() - start:.1f} s")
     _end_without(bundle)
@@ -331,7 +377,7 @@ def _of_onnx(
     from trainer.publish import refuse_foreign
 
     refuse_foreign(target, MANIFEST_NAME)  # before anything slow
-    return _published(said, onnx_source.load(said, print, scratch), target, strategy, asked, max_drop)
+    return _published(said, onnx_source.load(said, _say, scratch), target, strategy, asked, max_drop)
 
 
 def _of_traced(
@@ -364,7 +410,7 @@ def _published(
         print(f"left out {missing.what}: {missing.reason}")
     from export import onnx_build  # imports torch, for which nobody should wait to learn of a mistake
 
-    bundle = onnx_build.build(material, target, strategy, print, plan)
+    bundle = onnx_build.build(material, target, strategy, _say, plan)
     _print_files(bundle)
     print(f"published {target} in {time.perf_counter() - start:.1f} s")
     return bundle

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -21,11 +21,8 @@ import torch
 from export import oracle_file
 from export.build import (
     NO_VARIANTS,
-    ExportRefused,
-    data_file,
     environment_of,
     fingerprint,
-    summary,
     variants_of,
 )
 from export.bundle import (
@@ -33,6 +30,7 @@ from export.bundle import (
     MANIFEST_NAME,
     Arrays,
     Bundle,
+    DataFile,
     FileEntry,
     Int8Layers,
     Manifest,
@@ -42,14 +40,18 @@ from export.bundle import (
 )
 from export.bundle.limits import rms
 from export.bundle.rows import Rows
-from export.checks import Checks, float32_errors
+from export.checks import Checks, float32_errors, runner
+from export.effort import usual
+from export.errors import ExportRefused
 from export.fold.from_onnx.file import has_external_data
 from export.fold.onnx_model import fold_onnx
 from export.fold.report import FoldReport, Runtime, Strategy
+from export.folding import summary
 from export.formats import onnx_float64, onnx_raw, openvino_file, torchscript
 from export.formats.onnx_float64 import Float64File
 from export.formats.running import run_in_batches
 from export.oracle import outputs64
+from export.progress import Progress, Say
 from export.sources.onnx_source import OnnxMaterial
 from export.variants import File, Plan
 from export.writing import Written, calibration_inputs, quantise
@@ -71,7 +73,7 @@ def build(
     material: OnnxMaterial,
     target: Path,
     strategy: Strategy,
-    say: Callable[[str], None],
+    say: Say,
     plan: Plan = NO_VARIANTS,
 ) -> Bundle:
     """Make a bundle of `material` and publish it at `target`, as `export.build.build` does for a model of torch.
@@ -92,18 +94,18 @@ def build(
         oracle_file.write(folder / "oracle.safetensors", oracle, (), material.outputs[1:])
         entries = [_entry(folded, True), _entry(control, False), *_scripts(folder, material)]
         say("checking every file with optimisations off")
-        error, *more_errors = errors = float32_errors(
-            entries[1], folder, oracle, inputs, material.outputs, material.batch
-        )
+        effort = usual(len(material.raw), material.batch)
+        found = run_in_batches(runner(folder, entries[1]), inputs, effort.batches[0], material.outputs)
+        error, *more_errors = errors = float32_errors(found, oracle, material.outputs)
         _require_rounding(errors, oracle, material.outputs)
         tolerances = Tolerances(float32_rms_error=error, more_float32_rms_errors=tuple(more_errors))
         kept: dict[Runtime, int] = {"onnxruntime": len(report.kept)}
-        checks = Checks(folder, oracle, inputs, material.outputs, kept, tolerances, batch=material.batch)
+        checks = Checks(folder, oracle, inputs, material.outputs, kept, tolerances, effort)
         for entry in entries:
             if (problem := checks.check(entry).problem) is not None:
                 raise ExportRefused(f"{entry.path} is not right: {problem}.")
         with OnnxWriter(material, folder, report, strategy, plan.max_drop) as writer:
-            made, lacking = variants_of(plan, writer, checks, say)
+            made, lacking = variants_of(plan, writer, checks, Progress(say))
         calibration = None if material.calibration is None else material.calibration.identity
         manifest = Manifest(
             schema_version=1,
@@ -116,8 +118,8 @@ def build(
             class_names=material.class_names,
             files=(*entries, *made),
             left_out=(*plan.left_out, *lacking),
-            checkpoint=data_file(control),
-            oracle=data_file(folder / "oracle.safetensors"),
+            checkpoint=DataFile.of(control),
+            oracle=DataFile.of(folder / "oracle.safetensors"),
             fold=report,
             tolerances=tolerances,
             environment=environment_of(plan),
@@ -218,7 +220,7 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 def _entry(path: Path, folded: bool) -> FileEntry:
     opset = opset_of(onnx.load(str(path), load_external_data=False))
-    facts = data_file(path).model_dump()
+    facts = DataFile.of(path).model_dump()
     return FileEntry(**facts, format="onnx", precision="float32", folded=folded, opset=opset)
 
 
@@ -247,7 +249,7 @@ def _scripts(folder: Path, material: OnnxMaterial) -> list[FileEntry]:
     path = folder / "model.unfolded.ts"
     examples = (torch.from_numpy(np.asarray(rows[: material.batch or 2])) for rows in material.inputs)
     torchscript.write(material.module, tuple(examples), path)
-    return [FileEntry(**data_file(path).model_dump(), format="torchscript", precision="float32", folded=False)]
+    return [FileEntry(**DataFile.of(path).model_dump(), format="torchscript", precision="float32", folded=False)]
 
 
 def _outputs64(control: Path, inputs: tuple[Rows, ...], material: OnnxMaterial) -> Arrays:

@@ -22,6 +22,7 @@ from bench.cli.options import (
     BundleOption,
     ControlOption,
     InputOption,
+    ParityInputsOption,
     PlaceArgument,
     ProcessesOption,
     ProfileOption,
@@ -94,6 +95,7 @@ def run_command(
     processes: ProcessesOption = None,
     time_limit: TimeLimitOption = None,
     block_ms: BlockOption = None,
+    parity_inputs: ParityInputsOption = None,
     fail_if_noisy: Annotated[
         float | None,
         typer.Option(
@@ -134,6 +136,7 @@ def run_command(
         "--processes": processes,
         "--time-limit": time_limit,
         "--block-ms": block_ms,
+        "--parity-inputs": parity_inputs,
         "--fail-if-noisy": fail_if_noisy,
     }
     request = _scenario_request(scenario, min_duration_s, latency_bound_ms, samples_per_query, batch_size, in_rounds)
@@ -158,9 +161,12 @@ def run_command(
             count=rounds,
             processes=processes or DEFAULT_PROCESSES,
             time_limit_s=time_limit or (DEFAULT_TIME_LIMIT_S if rounds is None else None),
+            fitted=batch_size is None,
+            limit_is_default=time_limit is None,
         )
-        with shown_rows() as (progress, listener):
-            result = of_the_file(run(replace(plan, rounds=measured, survey=True), progress, listener), where)
+        plan = replace(plan, rounds=measured, survey=True, parity_inputs=parity_inputs)
+        with shown_rows() as shown:
+            result = of_the_file(run(plan, *shown), where)
     print_run(result, console())
     write_result(result, target)
     print(f"result: {target}")
@@ -220,9 +226,10 @@ def ab_command(
         processes=processes,
         bound=1 - threshold / 100,
         time_limit_s=time_limit or (AB_TIME_LIMIT_S if processes is None else None),
+        fitted=batch_size is None,
     )
-    with shown_rows() as (progress, listener):
-        result = run(replace(plan, rounds=measured), progress, listener)
+    with shown_rows() as shown:
+        result = run(replace(plan, rounds=measured), *shown)
     print_run(result, console())
     print_comparison(result, threshold, console())
     if json is not None:

@@ -20,7 +20,7 @@ from bench.errors import EXIT_USAGE, BenchError
 
 if TYPE_CHECKING:
     from bench.results.schema import Row
-    from bench.run.plan import Listener, Progress
+    from bench.run.plan import Listener, Note, Progress
 
 
 DEFAULT_BUNDLE = Path("artifacts/bundles/article")
@@ -72,6 +72,14 @@ AllowInconclusiveOption = Annotated[
     bool, typer.Option("--allow-inconclusive", help="Exit with 0 instead of 5 where nothing could be decided.")
 ]
 WideOption = Annotated[bool, typer.Option("--wide", help="All columns, also where the window has no room for them.")]
+ParityInputsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--parity-inputs",
+        min=2,
+        help="Hold each backend to so many of the bundle's inputs. Default: all, or those that there is time for.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Threads of each runtime's pool. Default: the CPUs this process may use."),
@@ -144,8 +152,10 @@ def shown_progress() -> Iterator[Progress]:
 
 
 @contextmanager
-def shown_rows() -> Iterator[tuple[Progress, Listener | None]]:
-    """As `shown_progress`, with the rows that are known so far above the bar; elsewhere nobody listens to them."""
+def shown_rows() -> Iterator[tuple[Progress, Listener, Note]]:
+    """As `shown_progress`, with the rows that are known so far above the bar, elsewhere a line for each as soon as it
+    is known; and a line, kept in either case, for what is to be known of the run.
+    """
     from rich.console import Group
     from rich.live import Live
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -158,7 +168,7 @@ def shown_rows() -> Iterator[tuple[Progress, Listener | None]]:
 
     out = console(stderr=True)
     if not out.is_terminal:
-        yield _printed_phases(), None
+        yield _printed_phases(), _printed_rows(), lambda line: print(line, file=sys.stderr, flush=True)
         return
     bar = Bar(BarColumn(30), TimeElapsedColumn(), TextColumn("{task.description}"))
     task = bar.add_task("", total=1.0)
@@ -167,7 +177,25 @@ def shown_rows() -> Iterator[tuple[Progress, Listener | None]]:
         def listen(rows: Sequence[Row]) -> None:
             live.update(Group(Text("so far:", style="dim"), table(SO_FAR, rows), bar))
 
-        yield lambda what, done: bar.update(task, description=what, completed=done), listen
+        yield lambda what, done: bar.update(task, description=what, completed=done), listen, live.console.print
+
+
+def _printed_rows() -> Listener:
+    """Prints each row once, with its throughput end to end so far."""
+    printed: set[tuple[str, int]] = set()
+
+    def listen(rows: Sequence[Row]) -> None:
+        for row in rows:
+            if (row.subject, row.batch_size) not in printed:
+                printed.add((row.subject, row.batch_size))
+                images_per_s = row.throughput("end_to_end").median
+                print(
+                    f"so far: {row.subject}, batch {row.batch_size}: {images_per_s:,.1f} images/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    return listen
 
 
 def _printed_phases() -> Progress:

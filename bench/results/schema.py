@@ -227,6 +227,8 @@ class Settings(Frozen):
     time_limit_s: float | None
     block_s: float
     timeout_s: float
+    left_out: tuple[str, ...] = ()
+    """In words, what was not run for lack of time, and what would bring it back."""
 
 
 class Result(Frozen):

@@ -17,12 +17,18 @@ from bench.backends.registry import find_backend, registered
 from bench.errors import EXIT_BAD_INPUT, EXIT_USAGE, BenchError
 from bench.results.schema import Row, Skipped
 from bench.results.terms import CONTROL_SUFFIX, label_of
-from export.bundle import FLOAT32, VARIANTS, Bundle, BundleError, FileEntry, Precision
+from export.bundle import FLOAT32, VARIANTS, Bundle, BundleError, FileEntry, Format, Precision
 
 Progress = Callable[[str, float], None]
 """Told what is being done and the share of the run that is done (0 to 1)."""
+Note = Callable[[str], None]
+"""Told, in a sentence, what is to be known of the run at once."""
 Listener = Callable[[Sequence[Row]], None]
 """Told the rows that are known so far."""
+
+
+SUFFIXES: dict[Format, str] = {"pt2": ".pt2", "torchscript": ".ts", "onnx": ".onnx"}
+"""How the files' names end that an export can leave out."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class Rounds:
         bound: with `processes` None, processes go on until every ratio against the first bundle lies on one side of it
             with its whole interval.
         time_limit_s: no further process or round begins when the run has taken this long; None is no limit.
+        fitted: nobody named the batch sizes: where the limit is too short for them, fewer are measured.
+        limit_is_default: nobody named the limit either: it may be longer where everything takes long.
+        early_rows: warm up for a batch size right before its first round, so that the first rows come early. Else all
+            are warm before the first round.
     """
 
     batch_sizes: tuple[int, ...]
@@ -80,6 +90,9 @@ class Rounds:
     processes: int | None = 1
     bound: float | None = None
     time_limit_s: float | None = None
+    fitted: bool = False
+    limit_is_default: bool = False
+    early_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class Plan:
         timeout_s: how long a worker may take for one answer.
         rounds: how to measure; None leaves the parity.
         survey: also measure the machine's peaks, for the roofline (some seconds).
+        parity_inputs: of the oracle, the first so many; None: all, or what there is time for.
         bisect: after which verdicts on an ONNX backend to look for the first node that diverges.
         command: the command line, for the result.
     """
@@ -100,6 +114,7 @@ class Plan:
     timeout_s: float
     rounds: Rounds | None = None
     survey: bool = False
+    parity_inputs: int | None = None
     bisect: Literal["never", "failed", "always"] = "never"
     command: str | None = None
 
@@ -182,7 +197,7 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
             wanted = ", ".join(dict.fromkeys(choice.variant for choice in chosen))
             reason = _of_a_file(backend, bundle) or (
                 f"the bundle at {bundle.path} has no {' or '.join(backend.formats)} file ({wanted}). Export it again: "
-                "python -m export --help says which options make one."
+                f"python -m export --help says which options make one.{_left_out_of(bundle, backend)}"
             )
             if selection.backends is not None:
                 raise BenchError(f"{name}: {reason}", EXIT_BAD_INPUT)
@@ -196,7 +211,7 @@ def select(bundles: list[tuple[str | None, Bundle]], plan: Plan) -> tuple[list[S
         names = ", ".join(_by_backend(choices))
         raise BenchError(
             f"--control measures a folded file against its unfolded one, but none of the chosen backends ({names}) "
-            "has both in this bundle. Choose onnx-cpu, for example.",
+            f"has both in this bundle. Choose onnx-cpu, for example.{_left_out_of(bundles[0][1])}",
             EXIT_USAGE,
         )
     return subjects, skipped
@@ -212,6 +227,13 @@ def _of_a_file(backend: Backend, bundle: Bundle) -> str | None:
     if has_torch_program(bundle) or {"onnx", "openvino"}.intersection(backend.formats):
         return None
     return f"it runs programs of torch.export, and the bundle of {bundle.manifest.source.factory} has none"
+
+
+def _left_out_of(bundle: Bundle, backend: Backend | None = None) -> str:
+    """What the export left out, that is of a format that the backend runs, and why; else nothing."""
+    suffixes = SUFFIXES.values() if backend is None else [SUFFIXES.get(each, each) for each in backend.formats]
+    said = [entry for entry in bundle.manifest.left_out if any(suffix in entry.what for suffix in suffixes)]
+    return "".join(f" The export left out {entry.what}: {entry.reason}." for entry in said)
 
 
 def check_variants(variants: Sequence[str]) -> None:

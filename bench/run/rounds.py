@@ -22,30 +22,32 @@ from bench.results.derive import decided, enough, ratios, roofline, rows, stable
 from bench.results.parity import Bisection, ParityVerdict, at_batch, judge, worst_images
 from bench.results.roofline import Survey
 from bench.results.schema import SCHEMA_VERSION, Result, Sample, Settings, WarmUpFacts
+from bench.run.fit import Costs, Fitted, fit
 from bench.run.lanes import Lane, Ready, lanes_of, loaded, subject_result
-from bench.run.plan import Listener, Plan, Progress, Rounds, Subject, has_torch_program
+from bench.run.plan import Listener, Note, Plan, Progress, Rounds, Subject, has_torch_program
 from bench.worker.bisect import bisectable
-from bench.worker.messages import Bisect, Evaluate, Evaluated, Measure, Measured, Prepare, Prepared
+from bench.worker.messages import Bisect, Evaluate, Evaluated, Measure, Measured, Prepare, Prepared, Probe, Probed
 from bench.worker.peaks import survey
 
 if TYPE_CHECKING:
     from export.bundle import Arrays, Oracle
 
-# Any size would do; this one doesn't divide the usual counts of images, so that every backend is judged at two batch
-# sizes at least.
-PARITY_BATCH_SIZE = 192
 # Rounds whose number is not given: the first look at them, and the last of all, in one process.
 MIN_ROUNDS, MAX_ROUNDS = 6, 200
 # Processes whose number is not given: before that many nothing is decided.
 MIN_PROCESSES = 5
+# Of calls that take long: the first one and a warm-up; two timed blocks, with their lead-ins, and what is prepared.
+PREPARE_CALLS, MEASURE_CALLS = 5, 8
 # Enough to tell a value from another; every intermediate of so many is in memory at once.
 BISECTED_IMAGES = 8
 
 
-def run(plan: Plan, progress: Progress, listener: Listener | None = None) -> Result:
+def run(plan: Plan, progress: Progress, listener: Listener | None = None, note: Note | None = None) -> Result:
     """Do all of `plan` and return what was found; a failed parity or worker is part of the result, see `exit_code`.
 
-    `listener` is told the rows that are known so far, in the first round of every process after each batch size.
+    `listener` is told the rows that are known so far, in the first round of every process after each batch size, or
+    after each row where all takes long. `note` is told what is left out for lack of time, and how long a run takes that
+    takes long.
 
     An interrupt (KeyboardInterrupt) after the first round ends the measuring and not the run: its result has
     `interrupted`, and the rounds that were done.
@@ -55,7 +57,7 @@ def run(plan: Plan, progress: Progress, listener: Listener | None = None) -> Res
     started_at = datetime.now(UTC)
     began = time.monotonic()
     ready = lanes_of(plan)
-    measuring = _Measuring(plan, ready, began, progress, listener)
+    measuring = _Measuring(plan, ready, began, progress, listener, note)
     before = sensors.read()
     interrupted = False
     try:
@@ -64,6 +66,7 @@ def run(plan: Plan, progress: Progress, listener: Listener | None = None) -> Res
         if not measuring.samples:
             raise
         interrupted = True
+    plan = measuring.plan  # what there was time for
     results, samples = tuple(map(subject_result, ready.lanes)), tuple(measuring.samples)
     progress("done", 1.0)
     rounds = plan.rounds
@@ -82,6 +85,7 @@ def run(plan: Plan, progress: Progress, listener: Listener | None = None) -> Res
             time_limit_s=None if rounds is None else rounds.time_limit_s,
             block_s=0.0 if rounds is None else rounds.block_s,
             timeout_s=plan.timeout_s,
+            left_out=measuring.left_out,
         ),
         bundles=ready.bundles,
         environment=ready.environment,
@@ -101,32 +105,38 @@ def run(plan: Plan, progress: Progress, listener: Listener | None = None) -> Res
 class _Measuring:
     """The processes of a run, one after another, and what came of them. One worker at a time does anything."""
 
-    def __init__(self, plan: Plan, ready: Ready, began: float, progress: Progress, listener: Listener | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        ready: Ready,
+        began: float,
+        progress: Progress,
+        listener: Listener | None,
+        note: Note | None,
+    ) -> None:
         self.plan, self.ready, self.began = plan, ready, began
-        self.progress, self.listener = progress, listener
+        self.progress, self.listener, self.note = progress, listener, note
         limit_s = None if plan.rounds is None else plan.rounds.time_limit_s
         self.deadline = math.inf if limit_s is None else began + limit_s
         self.samples: list[Sample] = []
         self.busy: list[float] = []
         self.readings: list[sensors.Reading] = []
         self.survey: Survey | None = None
+        self.left_out: tuple[str, ...] = ()
         self._oracles: dict[Path, Oracle] = {}
+        self._image_s: dict[str, float] = {}
 
     def all_processes(self) -> None:
         """Process after process, until there were as many as the plan says, or nothing more is to be learnt."""
-        rounds = self.plan.rounds
         number = 0
         while True:
             began = time.monotonic()
-            limit = self.deadline
-            if rounds is not None and rounds.count is None and rounds.processes is not None:
-                # As much time for each process, with what it takes to start.
-                limit = began + (self.deadline - began) / (rounds.processes - number)
             with loaded(self.ready, self.plan, again=number > 0) as lanes:
                 if not number:
-                    self.prove(lanes)
+                    self.prove(lanes, self.fit(lanes, time.monotonic() - began))
+                rounds = self.plan.rounds
                 if rounds is not None:
-                    self.measure(lanes, rounds, number, limit)
+                    self.measure(lanes, rounds, number, self.limit(rounds, number, began))
                 if not number and self.plan.survey:
                     self.survey = _survey(self.plan, lanes, self.show)
             # While no worker runs: whatever uses the CPUs now is not of this run.
@@ -139,6 +149,35 @@ class _Measuring:
             if now + (now - began) / 2 > self.deadline or self.settled(rounds, number):
                 return
 
+    def limit(self, rounds: Rounds, number: int, began: float) -> float:
+        """Until when further rounds of a process begin: as much time for each, with what it takes to start."""
+        if rounds.count is not None or rounds.processes is None:
+            return self.deadline
+        return began + (self.deadline - began) / (rounds.processes - number)
+
+    def fit(self, lanes: list[Lane], start_s: float) -> Fitted:
+        """See what an image costs, and leave out of the plan what there is no time for."""
+        for lane in lanes:
+            self.show(f"measuring what an image costs: {lane.subject.label}")
+            if lane.failure is None and (probed := lane.ask(Probe(), Probed)) is not None:
+                self._image_s[lane.subject.label] = probed.image_s
+        kept = [lane.subject.label for lane in lanes if lane.subject.backend.reference]
+        inputs = min((len(self.oracle(lane).logits) for lane in lanes), default=0)
+        fitted = fit(self.plan, Costs(self._image_s, start_s), inputs, kept)
+        self.plan, self.left_out = replace(self.plan, rounds=fitted.rounds), fitted.left_out
+        for lane in [lane for lane in lanes if lane.subject.label in fitted.dropped]:
+            lane.end()
+            lanes.remove(lane)
+            self.ready.lanes.remove(lane)
+        if fitted.rounds is not None and fitted.rounds.time_limit_s is not None:
+            self.deadline = self.began + fitted.rounds.time_limit_s
+        if self.note is not None:
+            for line in fitted.left_out:
+                self.note(f"left out for lack of time: {line}")
+            if fitted.costly:
+                self.note(f"this takes about {fitted.estimate_s / 60:.0f} minutes")
+        return fitted
+
     def settled(self, rounds: Rounds, number: int) -> bool:
         """Whether another process would tell nothing more, of the lanes that still run."""
         alive = [subject_result(lane) for lane in self.ready.lanes if lane.failure is None]
@@ -150,15 +189,20 @@ class _Measuring:
             return not busy and number >= MIN_PROCESSES and decided(samples, alive, rounds.bound)
         return rounds.count is None and stable(samples)
 
-    def prove(self, lanes: list[Lane]) -> None:
-        """The verdict on every lane, from the logits of all inputs."""
+    def prove(self, lanes: list[Lane], fitted: Fitted) -> None:
+        """The verdict on every lane, from the outputs for all inputs, or for those that there is time for."""
         for lane in lanes:
             self.show(f"parity of {lane.subject.label}")
             if lane.failure is not None or not lane.subject.backend.formats:
                 continue
-            evaluated = lane.ask(Evaluate(lane.subject.bundle.manifest.fixed_batch or PARITY_BATCH_SIZE), Evaluated)
+            oracle, only = self.oracle(lane), lane.subject.bundle.manifest.fixed_batch
+            count = min(fitted.parity_inputs, len(oracle.logits))
+            if only is not None:
+                count = max(1, count // only) * only
+            expected_s = count * self._image_s[lane.subject.label]
+            evaluated = lane.ask(Evaluate(only or fitted.parity_batch, 0, count, expected_s), Evaluated)
             if evaluated is not None:
-                subject, oracle = lane.subject, self.oracle(lane)
+                subject, oracle = lane.subject, oracle.first(count)
                 lane.parity = verdict_of(subject, evaluated.outputs, oracle)
                 self.bisect(lane, evaluated.outputs, oracle)
 
@@ -179,10 +223,10 @@ class _Measuring:
 
     def measure(self, lanes: list[Lane], rounds: Rounds, process: int, limit: float) -> None:
         """Warm-ups, then the rounds of one process, of which none but the first begins after `limit`."""
-        for lane in lanes:
-            for batch_size in rounds.batch_sizes:
-                self.show(f"process {process + 1}: warming up {lane.subject.label}, batch {batch_size}", process)
-                self.prepare(lane, batch_size, process)
+        if not rounds.early_rows:
+            for lane in lanes:
+                for batch_size in rounds.batch_sizes:
+                    self.prepare(lane, batch_size, process)
         most = MAX_ROUNDS if rounds.count is None else rounds.count
         done: list[Sample] = []
         for round_ in range(most):
@@ -195,21 +239,29 @@ class _Measuring:
             turns = [lanes[(place + first) % len(lanes)] for place in range(len(lanes))]
             for batch_size in rounds.batch_sizes:
                 for position, lane in enumerate(turns):
+                    if rounds.early_rows and not round_:
+                        self.prepare(lane, batch_size, process)
                     what = f"process {process + 1}, round {round_ + 1}: {lane.subject.label}, batch {batch_size}"
                     self.show(what, process + round_ / most)
                     if lane.failure is None:
                         # The CPUs change when everyone has been the first on them.
                         cpus = cpus_for(first // len(lanes), lane.subject.options.threads)
-                        request = Measure(batch_size, rounds.block_s, cpus)
+                        expected_s = MEASURE_CALLS * self.call_s(lane, batch_size)
+                        request = Measure(batch_size, rounds.block_s, cpus, expected_s)
                         done += (new := _turn(lane, request, process, round_, position))
                         self.samples += new
-                if self.listener is not None and not round_:
-                    self.listener(rows(self.samples, tuple(map(subject_result, self.ready.lanes))))
+                    last = position == len(turns) - 1
+                    if self.listener is not None and not round_ and (last or rounds.early_rows):
+                        self.listener(rows(self.samples, tuple(map(subject_result, self.ready.lanes))))
             self.readings.append(sensors.read())
 
     def prepare(self, lane: Lane, batch_size: int, process: int) -> None:
         """Warm a lane up at a batch size, and hold what it computes there to the oracle."""
-        if lane.failure is not None or (prepared := lane.ask(Prepare(batch_size), Prepared)) is None:
+        self.show(f"process {process + 1}: warming up {lane.subject.label}, batch {batch_size}", process)
+        if lane.failure is not None:
+            return
+        request = Prepare(batch_size, PREPARE_CALLS * self.call_s(lane, batch_size))
+        if (prepared := lane.ask(request, Prepared)) is None:
             return
         lane.warm_ups.append(WarmUpFacts(batch_size=batch_size, process=process, **asdict(prepared.warm_up)))
         if lane.parity is None:
@@ -219,6 +271,10 @@ class _Measuring:
         problem = at_batch(prepared.outputs, self.oracle(lane), manifest, profile, subject.precision)
         if problem is not None and (failure := f"at {problem}") not in lane.parity.failures:
             lane.parity = replace(lane.parity, passed=False, failures=(*lane.parity.failures, failure))
+
+    def call_s(self, lane: Lane, batch_size: int) -> float:
+        """What a call is likely to take."""
+        return batch_size * self._image_s.get(lane.subject.label, 0.0)
 
     def show(self, what: str, processes: float = 0.0) -> None:
         """Say what is being done; `processes` are those that are done, with the share of the one that runs."""

@@ -136,6 +136,7 @@ def _plan(request: SuiteRequest, part: SuiteRun, seconds: float) -> Plan:
                 block_s=request.block_s,
                 processes=PROCESSES,
                 time_limit_s=seconds,
+                fitted=not request.batch_sizes,
             ),
             survey=True,
             bisect="failed",

@@ -29,6 +29,7 @@ LEAD_IN_S, LEAD_IN_CALLS = 0.01, 2
 WARM_UP_CALLS, WARM_UP_S, WARM_UP_LIMIT_CALLS, WARM_UP_LIMIT_S = 10, 0.2, 3, 2.0
 STEADY_WITHIN = 0.03
 OVERHEAD_S = 0.01
+QUICKEST_LIMIT_S = 3.0
 # Calls that the GPU's clock times after a block: enough for a median, at most a fifth of the block's time.
 GPU_CALLS, GPU_SHARE = 20, 0.2
 # onnxruntime's pool was seen spinning for 40 ms after a call, using one core: two orders above what counts as quiet.
@@ -138,6 +139,16 @@ def timer_overhead_ns() -> float:
 
 def _nothing() -> None:
     pass
+
+
+def quickest_s(call: Callable[[], object]) -> float:
+    """The quickest of three calls, of which the first may compile; of two where they take seconds."""
+    durations: list[float] = []
+    while len(durations) < 2 or (len(durations) < 3 and sum(durations) < QUICKEST_LIMIT_S):
+        before = time.perf_counter()
+        call()
+        durations.append(time.perf_counter() - before)
+    return min(durations)
 
 
 def warm_up(call: Callable[[], object]) -> WarmUp:

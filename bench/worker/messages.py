@@ -29,10 +29,21 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Ask what an image costs."""
+
+
+@dataclass(frozen=True)
 class Evaluate:
-    """Ask for the outputs of all of the oracle's inputs."""
+    """Ask for the outputs for the oracle's inputs from `start` to before `stop`; None: to the last.
+
+    `expected_s` is what that is likely to take: no sign of a hang, however long.
+    """
 
     batch_size: int
+    start: int = 0
+    stop: int | None = None
+    expected_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,20 +55,22 @@ class Bisect:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Ask for the warm-up at a batch size."""
+    """Ask for the warm-up at a batch size. `expected_s` is as in `Evaluate`."""
 
     batch_size: int
+    expected_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Measure:
     """Ask for one timed block of each kind at a batch size. `seconds` is the time of one block, `cpus` are those to run
-    on; None: as before.
+    on; None: as before. `expected_s` is as in `Evaluate`.
     """
 
     batch_size: int
     seconds: float
     cpus: tuple[int, ...] | None = None
+    expected_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class Close:
     """Ask the worker to end."""
 
 
-Request = Evaluate | Bisect | Prepare | Measure | Drive | Close
+Request = Probe | Evaluate | Bisect | Prepare | Measure | Drive | Close
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,13 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Probed:
+    """What an image takes, end to end: in a call by itself or in a larger one, whichever is less."""
+
+    image_s: float
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Each output [N, …], floats in float32, in the oracle's order."""
 
@@ -157,6 +177,7 @@ Reply = (
     | Misplaced
     | BadBundle
     | Broken
+    | Probed
     | Evaluated
     | Bisection
     | Prepared

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from bench.results.terms import FailureKind
 from bench.worker.interrupts import interrupts_held_back
-from bench.worker.messages import Broken, Drive, Job, Measure, Reply, Request
+from bench.worker.messages import Broken, Drive, Evaluate, Job, Measure, Prepare, Reply, Request
 from bench.worker.serve import serve
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class Worker:
     def send(self, request: Request) -> None:
         """Send a request without waiting for its answer. That a worker has died is noticed by who waits for it."""
         asked_s = 2 * request.seconds if isinstance(request, Measure | Drive) else 0.0  # so no sign of a hang
+        if isinstance(request, Evaluate | Prepare | Measure):
+            asked_s += 2 * request.expected_s
         self._patience_ends = time.monotonic() + self._timeout_s + asked_s
         with contextlib.suppress(OSError):
             self._pipe.send(request)

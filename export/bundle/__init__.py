@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from export.bundle.manifest import OutputKind as OutputKind
     from export.bundle.manifest import Precision as Precision
     from export.bundle.manifest import Preprocessing as Preprocessing
+    from export.bundle.manifest import Proof as Proof
     from export.bundle.manifest import Source as Source
     from export.bundle.manifest import Takes as Takes
     from export.bundle.manifest import TensorSpec as TensorSpec

@@ -129,6 +129,11 @@ class DataFile(Frozen):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: int
 
+    @classmethod
+    def of(cls, path: Path) -> DataFile:
+        """The file as it is now."""
+        return DataFile(path=path.name, sha256=sha256_file(path), bytes=path.stat().st_size)
+
 
 class FileEntry(DataFile):
     """A file that a runtime loads. `folded` is False for the control: the same model exported without folding.
@@ -232,6 +237,21 @@ class LeftOut(Frozen):
     asked_for: bool
 
 
+class Proof(Frozen):
+    """On how much a bundle was proved, where it was fitted to what the model costs.
+
+    `inputs` of the `given` ones, drawn evenly, are the oracle's. Each float32 file was run on `checked` of these at the
+    first of `batch_sizes`, on a few at the second; files of other precisions on all. In float64 the folded network was
+    compared with the unfolded one on `compared` of them, on as many random ones and on as many borders.
+    """
+
+    given: int
+    inputs: int
+    checked: int
+    compared: int
+    batch_sizes: tuple[int, ...]
+
+
 class Manifest(Frozen):
     """`bundle.json`."""
 
@@ -247,8 +267,11 @@ class Manifest(Frozen):
     class_names: tuple[str, ...] | None
     files: tuple[FileEntry, ...]
     left_out: tuple[LeftOut, ...] = ()
-    checkpoint: DataFile
+    checkpoint: DataFile | None = None
+    """The weights as trained; None where the bundle is lean, and `model.unfolded.pt2` alone has them."""
     oracle: DataFile
+    proof: Proof | None = None
+    """None in bundles of before it was written down."""
     fold: FoldReport
     fold_for_torch: FoldReport | None = None
     """Of the files that torch runs, where another way is cheaper there; None where it is as in `fold`."""
@@ -367,7 +390,8 @@ class Bundle:
     def verify(self) -> None:
         """Check every file's size and hash. Raises BundleError at the first that differs."""
         for entry in (*self.manifest.files, self.manifest.checkpoint, self.manifest.oracle):
-            self.locate(entry)
+            if entry is not None:
+                self.locate(entry)
 
     def find(self, format: Format, variant: str = FLOAT32, folded: bool = True) -> FileEntry | None:
         """The one file of that kind, None where the bundle has none."""

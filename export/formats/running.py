@@ -5,7 +5,7 @@ Owns what every format's `runner` returns, and running it in batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from export.bundle import BOX_KINDS, Arrays, Output
 from export.bundle.detections import joined
 from export.bundle.rows import Rows
+from export.progress import Advance, unheard
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +22,21 @@ Run = Callable[..., Arrays]
 """One batch of each input, [n, …] → each output [n, …]."""
 
 
-def run_in_batches(run: Run, inputs: tuple[Rows, ...], batch: int, specs: Sequence[Output] = ()) -> Arrays:
+def run_in_batches(
+    run: Run, inputs: tuple[Rows, ...], batch: int, specs: Sequence[Output] = (), advance: Advance = unheard
+) -> Arrays:
     """All of `inputs` through `run`, `batch` images at a time; the last batch may be smaller.
 
-    `specs` are those of the outputs, where there may be lists among them.
+    `specs` are those of the outputs, where there may be lists among them. `advance` is told of each batch.
     """
     count = len(inputs[0])
-    parts = (run(*(np.asarray(rows[start : start + batch]) for rows in inputs)) for start in range(0, count, batch))
+
+    def each() -> Iterator[Arrays]:
+        for start in range(0, count, batch):
+            yield run(*(np.asarray(rows[start : start + batch]) for rows in inputs))
+            advance(min(batch, count - start))
+
+    parts = each()
     if any(spec.kind in BOX_KINDS for spec in specs):
         return joined(list(parts), specs)
     wholes: list[_Whole] = []

@@ -59,7 +59,7 @@ def load(path: Path, source: Source, data_dir: Path, *, calibrated: bool = False
     preprocessing = Preprocessing(raw=RAW, scale=scaling.scale, mean=(scaling.mean,), std=(scaling.std,))
     return Material(
         module,
-        path.read_bytes(),
+        path.read_bytes,
         source,
         INPUT,
         OUTPUT,

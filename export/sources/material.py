@@ -6,8 +6,8 @@ Owns the record, and what must hold for every source. Knows neither file formats
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,11 +66,11 @@ class Material:
     """What a bundle is made from: the trained `module` (float32, eval mode) and the inputs to hold it to.
 
     `raw` are rows [N, …] as a user has them, of the first input, and `more_raw` those of further inputs; `labels` are
-    int64 [N] or None. `weights` are the bytes of the safetensors file that the bundle keeps.
+    int64 [N] or None. `weights` makes the bytes of the safetensors file that a full bundle keeps.
     """
 
     module: nn.Module
-    weights: bytes
+    weights: Callable[[], bytes]
     source: Source
     input: TensorSpec
     output: Output
@@ -102,6 +102,19 @@ class Material:
         """Those of torch.export, for a network that takes the first input so."""
         taken = self.preprocessing.raw if takes == "raw" else self.input
         return dynamic_shapes((taken, *self.more_inputs))
+
+    def drawn(self, count: int) -> Material:
+        """With `count` of its inputs, drawn evenly and kept in memory; itself where it has no more."""
+        have = len(self.raw)
+        if count >= have:
+            return self
+        places = [index * have // count for index in range(count)]
+
+        def some(rows: Rows) -> np.ndarray:
+            return np.concatenate([np.asarray(rows[place : place + 1]) for place in places])
+
+        labels = None if self.labels is None else self.labels[places]
+        return replace(self, raw=some(self.raw), labels=labels, more_raw=tuple(map(some, self.more_raw)))
 
     def names(self, takes: Takes) -> tuple[list[str], list[str]]:
         """What the inputs and the outputs are called in a file that takes the first input so."""

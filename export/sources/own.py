@@ -87,11 +87,10 @@ def load(own: Own, say: Callable[[str], None], scratch: Path) -> Material:
     output, *more_outputs = _outputs(own, module, specs, examples, made.batch)
     given = labelled(given, output.shape[1:], f"--data {own.data}", say)
     calibrated = calibration_of(own, made.declared, given, shape, output.shape[1:], scratch, say)
-    stored = _stored_weights(module)
     return Material(
         module,
-        stored,
-        Source(factory=own.model, checkpoint_sha256=hashlib.sha256(stored).hexdigest()),
+        lambda: _stored_weights(module),
+        Source(factory=own.model, checkpoint_sha256=hashlib.sha256(_stored_weights(module)).hexdigest()),
         specs[0],
         output,
         preprocessing,

@@ -38,6 +38,7 @@ from export.bundle.verdict import departure
 from export.bundle.verdict import judge as contract_judge
 from export.checks import Checks
 from export.cli import _end_without
+from export.effort import usual
 from export.fold import fold_batchnorm
 from export.formats import aoti, openvino_file
 from export.formats.running import run_in_batches
@@ -385,7 +386,9 @@ def test_a_file_of_another_network_is_not_right(
         pytest.skip(str(openvino_file.missing()))
     folder = Path(shutil.copytree(bundle.path, tmp_path / "copy"))
     kept = {"onnxruntime": 0, "torch": 0}
-    held_to = Checks(folder, bundle.oracle(), material.inputs, material.outputs, kept, bundle.manifest.tolerances)  # type: ignore[arg-type]
+    oracle, tolerances = bundle.oracle(), bundle.manifest.tolerances
+    effort = usual(len(oracle.logits))
+    held_to = Checks(folder, oracle, material.inputs, material.outputs, kept, tolerances, effort)  # type: ignore[arg-type]
     (entry,) = (entry for entry in bundle.manifest.files if entry.path == victim)
     assert held_to.check(entry).problem is None
     _spoil(folder / victim)

@@ -47,6 +47,8 @@ def print_run(result: Result, out: Console) -> None:
             print_table(columns.COMPARED, ratios, out)
     print_failed(result.subjects, out)
     print_absent(result.subjects, result.skipped, out)
+    for line in result.settings.left_out:
+        out.print(f"[dim]left out for lack of time: {escape(line)}[/]")
 
 
 def _print_roofline(result: Result, survey: Survey, out: Console) -> None:
