@@ -117,7 +117,7 @@ def build(
 
     from export import oracle as truth
     from export import oracle_file, writing
-    from export.fold import fold_batchnorm
+    from export.columns import laid_on_side
     from export.fold.batchnorm import as_module, export_program
 
     refuse_foreign(target, MANIFEST_NAME)  # here too: nobody should wait for a fold to learn that
@@ -133,7 +133,7 @@ def build(
         oracle_process.submit(as_module(program), inputs)
         # In float64, so that the fold itself is held to float64's precision; the files get weights rounded once.
         model64 = copy.deepcopy(material.module).double()
-        folded = fold_batchnorm(model64, examples64, dynamic_shapes=sizes, strategy=strategy)
+        folded = _folded(model64, examples64, sizes, strategy, "onnxruntime")
         say(summary(folded.report))
         larger = other_sizes((material.input, *material.more_inputs), few)
         for given in (inputs, larger):
@@ -156,7 +156,12 @@ def build(
             torch_program = onnx_program
             if for_torch is not folded:
                 torch_program = export_program(for_torch.module.float(), examples, sizes)
-            entries = _write_files(folder, material, program, onnx_program, torch_program, for_torch.module, say)
+            as_trained = as_module(program)
+            control = laid_on_side(as_trained)
+            control_program = program if control is as_trained else export_program(control, examples, sizes)
+            entries = _write_files(
+                folder, material, program, control_program, onnx_program, torch_program, for_torch.module, say
+            )
             (folder / "checkpoint.safetensors").write_bytes(material.weights)
             logits, *more_outputs = oracle_process.wait()
             if not all(np.isfinite(output).all() for output in (logits, *more_outputs)):
@@ -205,6 +210,21 @@ def build(
     return Bundle.open(target)
 
 
+def _folded(
+    model64: nn.Module,
+    examples64: tuple[torch.Tensor, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+    strategy: Strategy,
+    runtime: Runtime,
+) -> Folded:
+    """The network as `strategy` folds it for a runtime, with columns on their side."""
+    from export.columns import laid_on_side
+    from export.fold import Folded, fold_batchnorm
+
+    folded = fold_batchnorm(model64, examples64, dynamic_shapes=dynamic_shapes, strategy=strategy, runtime=runtime)
+    return Folded(laid_on_side(folded.module), folded.report)
+
+
 def _folded_for_torch(
     model64: nn.Module,
     examples64: tuple[torch.Tensor, ...],
@@ -213,9 +233,7 @@ def _folded_for_torch(
     strategy: Strategy,
 ) -> Folded:
     """The network as `strategy` folds it for torch; `folded` itself where that is the same."""
-    from export.fold import fold_batchnorm
-
-    other = fold_batchnorm(model64, examples64, dynamic_shapes=dynamic_shapes, strategy=strategy, runtime="torch")
+    other = _folded(model64, examples64, dynamic_shapes, strategy, "torch")
     return folded if _ways(other.report) == _ways(folded.report) else other
 
 
@@ -223,12 +241,16 @@ def _write_files(
     folder: Path,
     material: Material,
     program: torch.export.ExportedProgram,
+    control_program: torch.export.ExportedProgram,
     onnx_program: torch.export.ExportedProgram,
     torch_program: torch.export.ExportedProgram,
     for_torch: torch.fx.GraphModule,
     say: Callable[[str], None],
 ) -> list[FileEntry]:
-    """The float32 files: of `program`, which is not folded, and of the network folded for each runtime."""
+    """The float32 files: of `program`, which is not folded, and of the network folded for each runtime.
+
+    `control_program` is not folded either, and in all else as the folded ones are.
+    """
     import torch
 
     from export.formats import onnx_file, pt2, torchscript
@@ -239,7 +261,7 @@ def _write_files(
     pt2.write(torch_program, folder / "model.pt2")
     opset = onnx_file.write(onnx_program, folder / "model.onnx", *names, optimize=True)
     # torch's own optimiser would fold what it can, and the control would be none.
-    onnx_file.write(program, folder / "model.unfolded.onnx", *names, optimize=False)
+    onnx_file.write(control_program, folder / "model.unfolded.onnx", *names, optimize=False)
 
     def entry(name: str, format: Format, folded: bool, opset: int | None = None) -> FileEntry:
         return FileEntry(

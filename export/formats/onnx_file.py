@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import torch
 
+from export.formats import onnx_pads
 from export.formats.onnx_session import open_session
 from export.formats.running import Run
 
@@ -31,8 +32,11 @@ def write(
     output_names: Sequence[str],
     *,
     optimize: bool,
+    quantised: bool = False,
 ) -> int:
     """Write the program to `path`; returns the opset. `optimize=False` keeps BatchNorms that torch would fold itself.
+
+    Of a file that is to be `quantised` padding stays inside the convolutions: int8 kernels have no use for a copy.
 
     Raises onnx.checker.ValidationError where the file does not pass the full check.
     """
@@ -49,6 +53,9 @@ def write(
             verbose=False,
         )
     assert exported is not None
+    onnx_pads.inside(exported.model)
+    if not quantised:
+        onnx_pads.apart(exported.model)
     exported.save(str(path), external_data=False)
     onnx.checker.check_model(str(path), full_check=True)
     return OPSET
