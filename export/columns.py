@@ -48,6 +48,7 @@ LAYERS: dict[Any, dict[int, int]] = {
 """Windows, and which of their arguments say something of each direction."""
 WEIGHTED, JOINED = aten.conv2d.default, aten.cat.default
 PADDED = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+OTHER_SIDE = (0, 1, 3, 2)
 SHAPED = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
 
@@ -188,7 +189,8 @@ class _Turning:
             if place < len(arguments):
                 arguments[place] = _swapped(arguments[place])
         if node.target in PADDED:
-            pads = [*arguments[1], *[0] * (4 - len(arguments[1]))]  # type: ignore[misc]
+            said: Any = arguments[1]
+            pads = [*said, *[0] * (4 - len(said))]
             arguments[1] = [*pads[2:4], *pads[:2], *pads[4:]]
         if node.target is WEIGHTED:
             arguments[1] = self._weight(arguments[1], node)  # type: ignore[arg-type]
@@ -232,24 +234,24 @@ class _Turning:
         call = self.graph.call_function
         if value.target is aten.unsqueeze.default and value.args[1] in (3, -1):
             return call(aten.unsqueeze.default, (value.args[0], 2))
-        if value.target in SHAPED and len(value.args[1]) == 4 and value.args[1][3] == 1:  # type: ignore
-            batch, channels, height, _ = value.args[1]  # type: ignore[misc]
-            return call(value.target, (value.args[0], [batch, channels, 1, height]))  # type: ignore[arg-type]
-        return call(aten.permute.default, (value, [0, 1, 3, 2]))
+        if value.target in SHAPED:
+            sizes: Any = value.args[1]
+            return call(value.target, (value.args[0], [sizes[0], sizes[1], 1, sizes[2]]))
+        return call(aten.permute.default, (value, list(OTHER_SIDE)))
 
     def _leave(self, node: fx.Node, user: fx.Node) -> None:
         """Let `user` read the value that is on its side now as if it stood."""
         if user.target is aten.permute.default:
-            sides = {2: 3, 3: 2}
-            user.args = (node, [sides.get(dim % 4, dim % 4) for dim in user.args[1]])  # type: ignore
+            dims: Any = user.args[1]
+            user.args = (node, [OTHER_SIDE[dim % 4] for dim in dims])
         elif user.target is aten.squeeze.dim and user.args[1] in (3, -1):
             user.args = (node, 2)
         elif user.target is aten.sym_size.int:
-            dim = int(user.args[1]) % 4  # type: ignore[call-overload]
-            user.args = (node, {2: 3, 3: 2}.get(dim, dim))
+            dim: Any = user.args[1]
+            user.args = (node, OTHER_SIDE[dim % 4])
         elif not _reads_in_order(user):
             with self.graph.inserting_before(user):
-                standing = self.graph.call_function(aten.permute.default, (node, [0, 1, 3, 2]))
+                standing = self.graph.call_function(aten.permute.default, (node, list(OTHER_SIDE)))
             user.replace_input_with(node, standing)
 
 

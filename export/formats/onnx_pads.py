@@ -2,11 +2,12 @@
 
 Owns moving zeros between the two. Knows nothing of folding.
 
-onnxruntime's CPU kernels compute several outputs of a row at once, but those whose window reaches over an end of the row
-one by one. Where these are many, copying the input into a wider one costs less. Measured for onnxruntime 1.31 (Xeon with
-AVX-512, two threads, batch 8, with what the copy costs), time inside over time apart: 1.13 to 1.87 in eleven layers
-with at least a third of such outputs and kernels 7 wide or wider; 0.15 to 1.00 in 21 others of narrower kernels, fewer
-such outputs, or one channel to a group. onnxruntime puts a Pad into the convolution by itself, unless it names its axes.
+onnxruntime's CPU kernels compute several outputs of a row at once, but those whose window reaches over an end of the
+row one by one. Where these are many, copying the input into a wider one costs less. Measured for onnxruntime 1.31 (Xeon
+with AVX-512, two threads, batch 8, with what the copy costs), time inside over time apart: 1.13 to 1.87 in eleven
+layers with at least a third of such outputs and kernels 7 wide or wider; 0.15 to 1.00 in 33 others, with narrower
+kernels, fewer such outputs, or one channel to a group. onnxruntime puts a Pad into the convolution by itself, unless
+the node names its axes.
 """
 
 from __future__ import annotations
@@ -63,19 +64,18 @@ def _put_before(model: ir.Model, node: ir.Node, pads: list[int]) -> None:
     axes = [axis for axis in (0, 1) if pads[axis] or pads[axis + 2]]
     before, after = [pads[axis] for axis in axes], [pads[axis + 2] for axis in axes]
     constants = [
-        model.graph.register_initializer(constant) or constant
-        for constant in (
-            _constant(f"{node.name}_pads", [*before, *after]),
-            _constant(f"{node.name}_axes", [axis + FIRST_AXIS for axis in axes]),
-        )
+        _constant(f"{node.name}_pads", [*before, *after]),
+        _constant(f"{node.name}_axes", [axis + FIRST_AXIS for axis in axes]),
     ]
+    for constant in constants:
+        model.graph.register_initializer(constant)
     pad = ir.node("Pad", [value, constants[0], None, constants[1]], name=f"{node.name}_pad")
     sizes = list(value.shape)
     for axis, more in zip(axes, map(sum, zip(before, after, strict=True)), strict=True):
         size = sizes[axis + FIRST_AXIS]
         sizes[axis + FIRST_AXIS] = size + more if isinstance(size, int) else ir.SymbolicDim(None)
     padded = pad.outputs[0]
-    padded.name, padded.dtype, padded.shape = f"{node.name}_padded", value.dtype, ir.Shape(sizes)
+    padded.name, padded.type, padded.shape = f"{node.name}_padded", value.type, ir.Shape(sizes)
     model.graph.insert_before(node, pad)
     node.replace_input_with(0, padded)
     node.attributes["pads"] = ir.AttrInt64s("pads", [0] * 4)
