@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
-Shapes = dict[fx.Node, torch.Size]
 
 NUMBER_BY_NUMBER = frozenset(
     {
@@ -52,56 +51,35 @@ OTHER_SIDE = (0, 1, 3, 2)
 SHAPED = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
 
-def laid_on_side(module: fx.GraphModule, example: Tensor) -> fx.GraphModule:
+def laid_on_side(module: fx.GraphModule) -> fx.GraphModule:
     """A module that computes the same, with the columns of `module` laid on their side; `module` where it has none.
 
-    Args:
-        module: a graph of aten operations of one input, in eval mode; it is not changed.
-        example: an input [batch, …] of 2 or more, in the module's dtype.
+    `module` is a graph of aten operations as torch.export makes it, with the shapes that it knows; it is not changed.
+    A width that is 1 for some sizes of the inputs alone is none.
     """
-    if not any(node.target is WEIGHTED and _kernel(module, node) for node in module.graph.nodes):
+    if not any(_worthwhile(module, node) for node in module.graph.nodes):
         return module
     turned = copy.deepcopy(module)
-    shapes = _shapes(turned, example)
-    columns = {node for node in turned.graph.nodes if _can_turn(turned, node, shapes)}
-    groups = [group for group in _groups(columns) if any(_worthwhile(turned, node, shapes) for node in group)]
+    columns = {node for node in turned.graph.nodes if _can_turn(turned, node)}
+    groups = [group for group in _groups(columns) if any(_worthwhile(turned, node) for node in group)]
     if not groups:
         return module
-    _Turning(turned, shapes, set().union(*groups)).run()
+    _Turning(turned, set().union(*groups)).run()
     turned.graph.eliminate_dead_code()
     turned.graph.lint()
     turned.recompile()
     return turned
 
 
-def _kernel(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the convolution's kernel is a column of more than one."""
+def _worthwhile(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it is a convolution with a kernel that goes along a column, over several places of it."""
+    if node.target is not WEIGHTED or not _is_column(node):
+        return False
     weight = _constant(module, node.args[1])
-    return weight is not None and weight.shape[3] == 1 < weight.shape[2]
-
-
-def _worthwhile(module: fx.GraphModule, node: fx.Node, shapes: Shapes) -> bool:
-    return node.target is WEIGHTED and _kernel(module, node) and shapes[node][2] > 1
-
-
-def _shapes(module: fx.GraphModule, example: Tensor) -> Shapes:
-    """The shape of every tensor that has the same for a larger batch, but for the first dimension."""
-    found: list[dict[str, torch.Size]] = []
-
-    class Watched(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if isinstance(result, Tensor):
-                found[-1][n.name] = result.shape
-            return result
-
-    with torch.no_grad():
-        for batch in (example, torch.cat([example] * 3)):
-            found.append({})
-            Watched(copy.deepcopy(module)).run(batch)  # a graph may write into its buffers
-    first, second = found
-    same = {name: shape for name, shape in first.items() if shape[1:] == second[name][1:]}
-    return {node: same[node.name] for node in module.graph.nodes if node.name in same}
+    height = node.meta["val"].shape[2]
+    return (
+        weight is not None and weight.shape[3] == 1 < weight.shape[2] and not (isinstance(height, int) and height < 2)
+    )
 
 
 def _constant(module: fx.GraphModule, value: object) -> Tensor | None:
@@ -111,27 +89,28 @@ def _constant(module: fx.GraphModule, value: object) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _is_column(shape: torch.Size | None) -> bool:
-    return shape is not None and len(shape) == 4 and shape[3] == 1
+def _is_column(value: object) -> bool:
+    known = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(known, Tensor) and known.dim() == 4 and isinstance(known.shape[3], int) and known.shape[3] == 1
 
 
-def _can_turn(module: fx.GraphModule, node: fx.Node, shapes: Shapes) -> bool:
+def _can_turn(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the operation does the same on its side, given columns alone."""
-    if not _is_column(shapes.get(node)) or node.kwargs:
+    if not _is_column(node) or node.kwargs:
         return False
     if node.target in LAYERS:
         kernel = node.target is not WEIGHTED or _constant(module, node.args[1]) is not None
-        return kernel and _is_column(shapes.get(node.args[0]))  # type: ignore[arg-type]
+        return kernel and _is_column(node.args[0])
     if node.target in PADDED:
-        return len(node.args[1]) <= 8 and _is_column(shapes.get(node.args[0]))  # type: ignore[arg-type]
+        return _is_column(node.args[0])
     if node.target is JOINED:
         parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        return dim in (0, 1, -4, -3) and all(_is_column(shapes.get(part)) for part in parts)  # type: ignore
+        return dim in (0, 1, -4, -3) and all(_is_column(part) for part in parts)  # type: ignore
     if node.target is aten.batch_norm.default:
-        return _is_column(shapes.get(node.args[0]))  # type: ignore[arg-type]
+        return _is_column(node.args[0])
     if node.target not in NUMBER_BY_NUMBER:
         return False
-    return all(_is_column(shapes.get(value)) or _is_number(module, value) for value in node.all_input_nodes)
+    return all(_is_column(value) or _is_number(module, value) for value in node.all_input_nodes)
 
 
 def _is_number(module: fx.GraphModule, value: fx.Node) -> bool:
@@ -162,8 +141,8 @@ def _swapped(pair: Any) -> Any:
 class _Turning:
     """The rewrite of one graph, in place."""
 
-    def __init__(self, module: fx.GraphModule, shapes: Shapes, group: set[fx.Node]) -> None:
-        self.module, self.graph, self.shapes, self.group = module, module.graph, shapes, group
+    def __init__(self, module: fx.GraphModule, group: set[fx.Node]) -> None:
+        self.module, self.graph, self.group = module, module.graph, group
         self.entered: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
@@ -178,11 +157,13 @@ class _Turning:
             self._turn(node)
         for node, user in outside:
             self._leave(node, user)
+        for node in self.group:
+            del node.meta["val"]  # its shape is another now
 
     def _turn(self, node: fx.Node) -> None:
         for value in node.all_input_nodes if node.target is not WEIGHTED else [node.args[0]]:
             assert isinstance(value, fx.Node)
-            if value not in self.group and _is_column(self.shapes.get(value)):
+            if value not in self.group and _is_column(value):
                 node.replace_input_with(value, self._enter(value, node))
         arguments = list(node.args)
         for place in LAYERS.get(node.target, ()):

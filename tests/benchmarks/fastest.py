@@ -121,11 +121,13 @@ def prepare(name: str, folder: Path) -> None:
     from export.build import build
     from export.fold.batchnorm import any_batch
     from export.sources import own
+    from export.sources.ends import Given
 
     factory, shape, _ = NETWORKS[name]
     np.savez(folder / "judged.npz", inputs=inputs(name, JUDGED))
-    stated = own.Own(f"fastest:{factory.__name__}", input_shape=shape, data=folder / "judged.npz")
-    build(own.load(stated, lambda note: None), folder / "bundle", "auto", lambda step: None)
+    given = Given(shape, (False,) * len(shape))
+    stated = own.Own(f"fastest:{factory.__name__}", inputs=(given,), data=folder / "judged.npz")
+    build(own.load(stated, lambda note: None, folder), folder / "bundle", "auto", lambda step: None)
     model, example = factory(), torch.from_numpy(inputs(name, 2))
     torch.save(model.state_dict(), folder / FILES_OF_TORCH[MODULE])
     ends = {"input_names": ["input"], "output_names": ["output"], "external_data": False}

