@@ -112,6 +112,7 @@ def build(
 
     from export import float32_files, oracle_file, writing
     from export import oracle as truth
+    from export.columns import laid_on_side
     from export.fold.batchnorm import as_module, export_program
     from export.folding import fold_and_compare
     from export.memory import give_back
@@ -143,7 +144,10 @@ def build(
         torch_program = onnx_program
         if for_torch is not folded:
             torch_program = export_program(for_torch.module.float(), examples, sizes)
-        programs = float32_files.Programs(program, onnx_program, torch_program, for_torch.module)
+        as_trained = as_module(program)
+        control = laid_on_side(as_trained)
+        control_program = program if control is as_trained else export_program(control, examples, sizes)
+        programs = float32_files.Programs(program, control_program, onnx_program, torch_program, for_torch.module)
         with building(target, MANIFEST_NAME) as folder:
             entries = float32_files.write(folder, material, programs, effort.files, progress)
             if effort.files == "full":

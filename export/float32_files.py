@@ -28,9 +28,13 @@ ONLY_FULL = ("model.unfolded.onnx", "model.pt2", "model.unfolded.ts", CHECKPOINT
 
 @dataclass(frozen=True)
 class Programs:
-    """The float32 network: `unfolded` as torch.export sees it, and folded for either runtime; `module` is torch's."""
+    """The float32 network: `unfolded` as torch.export sees it, and folded for either runtime; `module` is torch's.
+
+    `control` is not folded either, and in all else as the folded ones are.
+    """
 
     unfolded: torch.export.ExportedProgram
+    control: torch.export.ExportedProgram
     onnx: torch.export.ExportedProgram
     torch: torch.export.ExportedProgram
     module: fx.GraphModule
@@ -47,7 +51,7 @@ def write(folder: Path, material: Material, programs: Programs, files: Files, pr
     # Of the unfolded one, torch's own optimiser would fold what it can, and the control would be none.
     writers: list[tuple[str, Format, bool, Callable[[Path], int | None]]] = [
         ("model.onnx", "onnx", True, onnx(programs.onnx, True)),
-        ("model.unfolded.onnx", "onnx", False, onnx(programs.unfolded, False)),
+        ("model.unfolded.onnx", "onnx", False, onnx(programs.control, False)),
         ("model.pt2", "pt2", True, lambda path: pt2.write(programs.torch, path)),
         ("model.unfolded.pt2", "pt2", False, lambda path: pt2.write(programs.unfolded, path)),
         ("model.ts", "torchscript", True, lambda path: torchscript.write(programs.module, examples, path)),

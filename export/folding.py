@@ -16,6 +16,7 @@ from torch import nn
 from export import writing
 from export.bundle import Arrays
 from export.checks import first
+from export.columns import laid_on_side
 from export.effort import Effort
 from export.equality import Unfolded, require_equal_from_raw
 from export.fold import Folded, fold_batchnorm
@@ -91,8 +92,10 @@ def _folded(
     runtime: Runtime,
     progress: Progress,
 ) -> Folded:
+    """The network folded for a runtime, with columns on their side."""
     with progress.step(f"folding for {runtime}"):
-        return fold_batchnorm(model64, examples64, dynamic_shapes=sizes, strategy=strategy, runtime=runtime)
+        folded = fold_batchnorm(model64, examples64, dynamic_shapes=sizes, strategy=strategy, runtime=runtime)
+        return Folded(laid_on_side(folded.module), folded.report)
 
 
 def _require_equal(unfolded: Unfolded, network: nn.Module, what: str, progress: Progress) -> None:

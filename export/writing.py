@@ -20,6 +20,7 @@ from torch import nn
 
 from export.bundle import Int8Layers, Output, Preprocessing, TensorSpec, Tolerances
 from export.bundle.rows import Rows
+from export.columns import laid_on_side
 from export.fold import Folded, fold_batchnorm
 from export.fold.batchnorm import export_program
 from export.fold.report import Runtime, Strategy
@@ -76,7 +77,7 @@ def _for_int8(
     if strategy in ("auto", "all"):
         with_ones = fold_batchnorm(model64, examples64, dynamic_shapes=dynamic_shapes, strategy="ones")
         if len(with_ones.report.kept) <= len(folded.report.kept):
-            return _activations_first(with_ones.module)
+            return _activations_first(laid_on_side(with_ones.module))
     return _activations_first(copy.deepcopy(folded.module))
 
 
@@ -208,7 +209,7 @@ class Writer:
         if file.variant not in self._int8:
             scratch = Path(tempfile.mkdtemp(dir=self._scratch.name))
             float32_file, quantised = scratch / "float32.onnx", scratch / "int8.onnx"
-            onnx_file.write(program, float32_file, *ends, optimize=True)
+            onnx_file.write(program, float32_file, *ends, optimize=True, quantised=True)
             inputs = calibration_inputs(file, self._material)
             layers, opset = quantise(float32_file, quantised, inputs, self._max_drop, scratch)
             self._int8[file.variant] = quantised, layers, opset

@@ -18,6 +18,7 @@ import onnx
 import torch
 from torch import nn
 
+from export.formats import onnx_pads
 from export.formats.onnx_session import open_session
 from export.formats.running import Run
 from trainer.errors import UserError
@@ -33,8 +34,11 @@ def write(
     output_names: Sequence[str],
     *,
     optimize: bool,
+    quantised: bool = False,
 ) -> int:
     """Write the program to `path`; returns the opset. `optimize=False` keeps BatchNorms that torch would fold itself.
+
+    Of a file that is to be `quantised` padding stays inside the convolutions: int8 kernels have no use for a copy.
 
     Raises onnx.checker.ValidationError where the file does not pass the full check.
     """
@@ -51,6 +55,9 @@ def write(
             verbose=False,
         )
     assert exported is not None
+    onnx_pads.inside(exported.model)
+    if not quantised:
+        onnx_pads.apart(exported.model)
     exported.save(str(path), external_data=False)
     onnx.checker.check_model(str(path), full_check=True)
     return OPSET

@@ -90,7 +90,8 @@ def article(folder: Path) -> Network:
     folded = fold_batchnorm(model64, (example.double(),), dynamic_shapes=any_batch())
     network = writing._for_int8(model64, folded, example.double(), "auto").float()
     path = folder / "article.onnx"
-    onnx_file.write(export_program(network, (example,), any_batch()), path, ["image"], ["logits"], optimize=True)
+    program = export_program(network, (example,), any_batch())
+    onnx_file.write(program, path, ["image"], ["logits"], optimize=True, quantised=True)
     assert material.calibration is not None
     ranges = material.preprocessing.apply(material.calibration.raw[:400], material.input.shape)
     return Network(path, ranges, material.inputs, oracle.logits, oracle.labels)
@@ -123,7 +124,8 @@ def large(name: str, folder: Path) -> Network:
         truth = torch.cat([module(part.double()) for part in x[CALIBRATED:].split(50)]).numpy()
     path = folder / f"{name}.onnx"
     network = _activations_first(folded.module).float()
-    onnx_file.write(export_program(network, (example,), any_batch()), path, ["image"], ["logits"], optimize=True)
+    program = export_program(network, (example,), any_batch())
+    onnx_file.write(program, path, ["image"], ["logits"], optimize=True, quantised=True)
     return Network(path, x[:CALIBRATED].numpy(), x[CALIBRATED:].numpy(), truth, None)
 
 

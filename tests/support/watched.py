@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ class Watched:
     def longest_silence_s(self) -> float:
         """Between two lines, the start and the end."""
         moments = [0.0, *(seconds for seconds, _ in self.lines), self.seconds]
-        return max(later - earlier for earlier, later in zip(moments, moments[1:], strict=False))
+        return max(later - earlier for earlier, later in itertools.pairwise(moments))
 
 
 def watch(module: str, *arguments: str | Path) -> Watched:
