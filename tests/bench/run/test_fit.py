@@ -67,7 +67,10 @@ def test_batch_sizes_that_were_named_stay() -> None:
     assert found.parity_inputs == 200
     assert not found.left_out
     assert found.costly, "it is said how long that takes"
-    assert found.estimate_s > 5 * process_s(named.batch_sizes, 0.15, RESNET50)
+    one = process_s(named.batch_sizes, 0.15, RESNET50)
+    assert one < found.estimate_s < 2 * one, "the second process would begin after the limit"
+    endless = fit(plan(replace(named, time_limit_s=None, count=1)), RESNET50, 200, ["torch-cpu"])
+    assert endless.estimate_s > 5 * one
     assert found.parity_batch < PARITY_BATCH_SIZE, "nobody named that one, and it holds memory"
 
 
