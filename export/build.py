@@ -11,9 +11,10 @@ import contextlib
 import hashlib
 import json
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -45,6 +46,10 @@ from trainer.provenance import cpu_name, git_commit, installed
 from trainer.publish import building, refuse_foreign
 
 if TYPE_CHECKING:
+    import torch
+
+    from export.float32_files import Programs
+    from export.fold import Folded
     from export.sources.material import Material
     from export.writing import Written
 
@@ -112,7 +117,6 @@ def build(
 
     from export import float32_files, oracle_file, writing
     from export import oracle as truth
-    from export.columns import laid_on_side
     from export.fold.batchnorm import as_module, export_program
     from export.folding import fold_and_compare
     from export.memory import give_back
@@ -123,7 +127,8 @@ def build(
     wanted = fingerprint(material.source, strategy, plan, calibration, asked)
     with contextlib.ExitStack() as stack:
         # A large model is in memory often enough.
-        apart = None if weight_bytes(material.module) >= LARGE_BYTES else stack.enter_context(truth.Outputs64())
+        large = weight_bytes(material.module) >= LARGE_BYTES
+        apart = None if large else stack.enter_context(truth.Outputs64())
         with progress.step("measuring what an input costs"):
             cost = measured(material.module, material.examples)
         effort = fitted(cost, given, _bytes_per_input(material), asked)
@@ -137,19 +142,14 @@ def build(
         if apart is not None:
             apart.submit(as_module(program), material.inputs, effort.chunk)
         made = fold_and_compare(material, strategy, plan, effort, progress, with_outputs=apart is None)
-        folded, for_torch = made.ways["onnxruntime"], made.ways["torch"]
-        if apart is None:
+        reports = {runtime: way.report for runtime, way in made.ways.items()}
+        if large:
             give_back()  # the float64 model
-        onnx_program = export_program(folded.module.float(), examples, sizes)
-        torch_program = onnx_program
-        if for_torch is not folded:
-            torch_program = export_program(for_torch.module.float(), examples, sizes)
-        as_trained = as_module(program)
-        control = laid_on_side(as_trained)
-        control_program = program if control is as_trained else export_program(control, examples, sizes)
-        programs = float32_files.Programs(program, control_program, onnx_program, torch_program, for_torch.module)
         with building(target, MANIFEST_NAME) as folder:
+            programs = _programs(program, made.ways, examples, sizes)
             entries = float32_files.write(folder, material, programs, effort.files, progress)
+            made.ways.clear()
+            del program, programs
             if effort.files == "full":
                 (folder / float32_files.CHECKPOINT).write_bytes(material.weights())
             outputs = made.outputs
@@ -159,8 +159,9 @@ def build(
             assert outputs is not None
             oracle = _oracle(material, outputs)
             oracle_file.write(folder / "oracle.safetensors", oracle, material.more_inputs, material.more_outputs)
-            kept: dict[Runtime, int] = {runtime: len(way.report.kept) for runtime, way in made.ways.items()}
-            checks = _checked(folder, material, oracle, made.elsewhere, kept, entries, effort, progress)
+            kept: dict[Runtime, int] = {runtime: len(report.kept) for runtime, report in reports.items()}
+            after_each = give_back if large else _nothing
+            checks = _checked(folder, material, oracle, made.elsewhere, kept, entries, effort, progress, after_each)
             with writing.Writer(made.networks, material, folder, plan.max_drop) as writer:
                 variants, lacking = variants_of(plan, writer, checks, progress)
             entries += variants
@@ -181,14 +182,40 @@ def build(
                 checkpoint=DataFile.of(folder / float32_files.CHECKPOINT) if full else None,
                 oracle=DataFile.of(folder / "oracle.safetensors"),
                 proof=effort.proof(given),
-                fold=folded.report,
-                fold_for_torch=None if for_torch is folded else for_torch.report,
+                fold=reports["onnxruntime"],
+                fold_for_torch=None if reports["torch"] is reports["onnxruntime"] else reports["torch"],
                 tolerances=checks.tolerances,
                 environment=environment_of(plan),
                 fingerprint=wanted,
             )
             (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
     return Bundle.open(target)
+
+
+def _nothing() -> None:
+    """For a model that is in memory as often as it likes."""
+
+
+def _programs(
+    program: torch.export.ExportedProgram,
+    ways: Mapping[Runtime, Folded],
+    examples: tuple[torch.Tensor, ...],
+    sizes: tuple[dict[int, Any], ...],
+) -> Programs:
+    """The networks in float32, to which those folded in float64 are changed in place."""
+    from export.columns import laid_on_side
+    from export.float32_files import Programs
+    from export.fold.batchnorm import as_module, export_program
+
+    folded, for_torch = ways["onnxruntime"], ways["torch"]
+    onnx_program = export_program(folded.module.float(), examples, sizes)
+    torch_program = onnx_program
+    if for_torch is not folded:
+        torch_program = export_program(for_torch.module.float(), examples, sizes)
+    as_trained = as_module(program)
+    control = laid_on_side(as_trained)
+    control_program = program if control is as_trained else export_program(control, examples, sizes)
+    return Programs(program, control_program, onnx_program, torch_program, for_torch.module)
 
 
 def _bytes_per_input(material: Material) -> int:
@@ -221,12 +248,17 @@ def _checked(
     entries: list[FileEntry],
     effort: Effort,
     progress: Progress,
+    after_each: Callable[[], None],
 ) -> Checks:
-    """What files are held to, once the float32 files were. Raises ExportRefused for the first that is not right."""
+    """What files are held to, once the float32 files were.
+
+    `after_each` is called after each of them. Raises ExportRefused for the first that is not right.
+    """
     (reference,) = (entry for entry in entries if entry.format == "pt2" and not entry.folded)
     whole, odd = effort.batches
     with progress.step(f"running {reference.path} on {effort.inputs} inputs", effort.inputs) as advance:
         found = run_in_batches(runner(folder, reference), material.inputs, whole, material.outputs, advance)
+    after_each()
     error, *more_errors = float32_errors(found, oracle, material.outputs)
     if not np.isfinite([error, *more_errors]).all():
         raise ExportRefused("The unfolded model's float32 outputs are not finite: it overflows.")
@@ -243,6 +275,7 @@ def _checked(
     for entry in entries:
         with progress.step(f"checking {entry.path}", checks.calls(entry)) as advance:
             problem = checks.check(entry, advance).problem
+        after_each()
         if problem is not None:
             raise ExportRefused(f"{entry.path} is not right: {problem}.")
     return checks

@@ -170,7 +170,9 @@ def export(
     samples: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Take so many of --data, drawn evenly. Default: all, or as many as two minutes allow for."
+            min=2,
+            help="Take so many of --data, drawn evenly, or so many random ones. Default: all, or as many as two "
+            "minutes allow for.",
         ),
     ] = None,
     resize: Annotated[

@@ -33,7 +33,7 @@ CHECK_BATCHES, FEW_CHECK_BATCHES = (500, 7), (15, 3)
 where inputs are few."""
 CHUNK = 50
 """Inputs at a time in float64: 1,000 took 0.52 s in chunks of 50, 0.70 s of 250, 0.85 s at once (two cores)."""
-ACTIVATIONS_BYTES, ALIVE = 256_000_000, 4
+ACTIVATIONS_BYTES, ALIVE = 160_000_000, 4
 """What the activations of a batch may take, and how many of the largest are in memory at once: resnet50 took 12 MB an
 input in float32, where the largest is 3.2 MB, and 28 MB in float64."""
 ORACLE_BYTES, ORACLE_SHARE = 256_000_000, 0.9

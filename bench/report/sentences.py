@@ -152,6 +152,7 @@ def not_measured(results: Iterable[Result], left_out: Iterable[LeftOut]) -> Iter
     for entry in left_out:
         yield f"{entry.what}: {entry.reason}"
     for result in results:
+        yield from (f"for lack of time, {line}" for line in result.settings.left_out)
         by_reason: dict[str, list[str]] = {}
         for skipped in result.skipped:
             by_reason.setdefault(skipped.reason, []).append(f"`{skipped.backend}`")

@@ -175,7 +175,10 @@ def _whole_s(rounds: Rounds | None, costs: Costs, proved: int) -> float:
     if rounds is None:
         return parity
     each = costs.start_s + process_s(rounds.batch_sizes, rounds.block_s, costs)
-    return parity + (rounds.processes or 1) * each
+    processes = rounds.processes or 1
+    if rounds.time_limit_s is not None:  # the last one that begins before it is over
+        processes = max(1, min(processes, math.ceil((rounds.time_limit_s - parity) / each)))
+    return parity + processes * each
 
 
 def _parity_batch(costs: Costs) -> int:

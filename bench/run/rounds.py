@@ -162,7 +162,7 @@ class _Measuring:
             if lane.failure is None and (probed := lane.ask(Probe(), Probed)) is not None:
                 self._image_s[lane.subject.label] = probed.image_s
         kept = [lane.subject.label for lane in lanes if lane.subject.backend.reference]
-        inputs = min((len(self.oracle(lane).logits) for lane in lanes), default=0)
+        inputs = max((len(self.oracle(lane).logits) for lane in lanes), default=0)
         fitted = fit(self.plan, Costs(self._image_s, start_s), inputs, kept)
         self.plan, self.left_out = replace(self.plan, rounds=fitted.rounds), fitted.left_out
         for lane in [lane for lane in lanes if lane.subject.label in fitted.dropped]:

@@ -93,7 +93,7 @@ def load(own: Own, say: Callable[[str], None], scratch: Path) -> OnnxMaterial:
     batch = _batch(session, path, next(_sizes(taken), None), shape, say)
     given = given_to(own, None, shape, scratch, say)
     if given is None:
-        given = Data(random_inputs(one, _whole_batches(_random_count(shape), batch)), None)
+        given = Data(random_inputs(one, _whole_batches(own.samples or _random_count(shape), batch)), None)
     given = _in_whole_batches(given, batch, own, say)
     first: int | str = BATCH if batch is None else batch
     preprocessing = preprocessing_of(own, None, given, one, say)

@@ -77,7 +77,8 @@ def load(own: Own, say: Callable[[str], None], scratch: Path) -> Material:
     require_finite(dict([*module.named_parameters(), *module.named_buffers()]), str(own.weights or own.model))
     given = given_to(own, made.declared, shape, scratch, say)
     if given is None:
-        given = Data(random_inputs(inputs[0], RANDOM_INPUTS if made.batch is None else FEW_RANDOM), None)
+        count = own.samples or (RANDOM_INPUTS if made.batch is None else FEW_RANDOM)
+        given = Data(random_inputs(inputs[0], count), None)
     preprocessing = preprocessing_of(own, made.declared, given, inputs[0], say, made.batch)
     specs = tuple(each.spec(each.name or "input", batch=made.batch) for each in inputs)
     more = _more_inputs(own, inputs[1:], len(given.inputs), scratch)
@@ -177,8 +178,6 @@ def _outputs(
 
 def require_used(own: Own) -> None:
     """Raises UserError where something is said of inputs that are not given."""
-    if own.samples is not None and own.data is None:
-        raise UserError("--samples goes with --data.", EXIT_USAGE)
     if own.calibration_samples is not None and own.calibration is None:
         raise UserError("--calibration-samples goes with --calibration.", EXIT_USAGE)
     folders = [place for place in (own.data, own.calibration) if place is not None and place.is_dir()]

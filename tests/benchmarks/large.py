@@ -90,7 +90,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "usable_cpus": usable_cpus(),
         "platform": platform.platform(),
-        "versions": versions(),
+        "versions": versions("torch", "onnxruntime", "openvino"),
         "git_commit": git_commit(Path(__file__)),
         **found,
     }

@@ -126,7 +126,6 @@ def test_floats_that_look_like_pixels_are_remarked(least: float, largest: float,
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        ({"samples": 4}, "--samples goes with --data"),
         ({"calibration_samples": 4}, "--calibration-samples goes with --calibration"),
         ({"resize": (4,)}, "go with a folder of images"),
         ({"interpolation": "box", "data": True}, "--interpolation goes with --resize"),
