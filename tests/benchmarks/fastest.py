@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(Path(__file__).p
 from bench.results.statistics import paired_ratio  # noqa: E402
 
 THREADS = 2
-PROCESSES, ROUNDS, BLOCK_S = 4, 6, 0.1
+PROCESSES, ROUNDS, BLOCK_S = 5, 6, 0.1
 SPIN_S = 0.06
 """onnxruntime's threads spin for 40 ms after a run, and would take the next contestant's cores."""
 BAR = 0.98

@@ -17,7 +17,7 @@ from torch import nn
 from verdicts import judge
 
 from bench.backends.contract import Profile
-from export import build, checks, raw_input, variants, writing
+from export import build, checks, equality, raw_input, variants, writing
 from export.build import ExportRefused
 from export.bundle import (
     COARSER,
@@ -101,7 +101,7 @@ def material() -> Material:
     judged, calibration = surest[:200], surest[600:700]
     return Material(
         module,
-        b"",
+        lambda: b"",
         Source(factory="tests:Small", checkpoint_sha256="0" * 64),
         TensorSpec(name="image", dtype="float32", shape=shape),
         Output(name="logits", dtype="float32", shape=("batch", 4)),
@@ -540,7 +540,7 @@ def test_a_border_that_is_padded_before_the_normalisation(material: Material, mo
             return output
 
     model64 = copy.deepcopy(material.module).double()
-    build._require_equal_from_raw(model64, {"torch": model64}, material)
+    equality.require_equal_from_raw(model64, {"torch": model64}, material, 100, 50)
     monkeypatch.setattr(raw_input, "FromRaw", PadsPixels)
     with pytest.raises(ExportRefused, match="raw inputs"):
-        build._require_equal_from_raw(model64, {"torch": model64}, material)
+        equality.require_equal_from_raw(model64, {"torch": model64}, material, 100, 50)

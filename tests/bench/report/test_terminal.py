@@ -125,6 +125,7 @@ def test_a_busy_machine_is_told(result: Result) -> None:
         update={
             "environment": result.environment.__class__(**(vars(result.environment) | quiet)),
             "cpu_busy_percents": (2.0, 1.0),
+            "rows": tuple(row.model_copy(update={"system_share_percent": 1.0}) for row in result.rows),
         }
     )
     assert "warning" not in shown(calm, print_run)
