@@ -6,6 +6,7 @@ the way a command ends when it is interrupted. Knows nothing of what the command
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import io
 import signal
@@ -85,8 +86,38 @@ def no_interrupt_lost() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for again in _anew:  # what it would bring is raised below
+            again.cancel()
+        _anew.clear()
         if arrived and not isinstance(sys.exc_info()[1], (KeyboardInterrupt, Terminated)):
             signal.raise_signal(arrived[0])
+
+
+ANEW_S = 0.05
+_anew: list[threading.Timer] = []
+"""Interrupts that are to arrive once more."""
+
+
+def _not_lost(swallowed: sys.UnraisableHookArgs) -> None:
+    """An interrupt that arrived where nothing can be raised, as in a weak reference's callback, arrives again a moment
+    later: Python would print and forget it. All else is said as ever.
+    """
+    number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(swallowed.exc_type)
+    if number is None:
+        sys.__unraisablehook__(swallowed)
+        return
+    again = threading.Timer(ANEW_S, _interrupt, (number,))
+    again.daemon = True
+    _anew.append(again)
+    again.start()
+
+
+def _interrupt(number: signal.Signals) -> None:
+    """The signal to the main thread, which it wakes where that sleeps."""
+    if sys.platform == "win32":
+        _thread.interrupt_main(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def run_app(app: _App, prog_name: str) -> None:
@@ -100,6 +131,7 @@ def run_app(app: _App, prog_name: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.unraisablehook = _not_lost
     try:
         app(prog_name=prog_name)
     except UserError as error:

@@ -523,7 +523,7 @@ def test_preprocessing_that_is_half_a_grey_level_off(
             mean = tuple(value + 0.5 / 255 for value in preprocessing.mean)
             super().__init__(model, preprocessing.model_copy(update={"mean": mean}), *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(raw_input, "FromRaw", Off)
+    monkeypatch.setattr(equality, "FromRaw", Off)
     with pytest.raises(ExportRefused, match="on real raw inputs"):
         build.build(material, tmp_path / "b", "auto", lambda line: None, Plan((File("pt2", "float32-raw"),)))
 
@@ -541,6 +541,6 @@ def test_a_border_that_is_padded_before_the_normalisation(material: Material, mo
 
     model64 = copy.deepcopy(material.module).double()
     equality.require_equal_from_raw(model64, {"torch": model64}, material, 100, 50)
-    monkeypatch.setattr(raw_input, "FromRaw", PadsPixels)
+    monkeypatch.setattr(equality, "FromRaw", PadsPixels)
     with pytest.raises(ExportRefused, match="raw inputs"):
         equality.require_equal_from_raw(model64, {"torch": model64}, material, 100, 50)

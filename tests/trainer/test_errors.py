@@ -65,6 +65,28 @@ def test_nothing_is_published_after_an_interrupt(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_where_nothing_can_be_raised_arrives_again(tmp_path: Path) -> None:
+    """Python would print it, with a traceback, and go on: the command would run to its end."""
+    (tmp_path / "swallowing.py").write_text(
+        "import signal, time, typer, weakref\n"
+        "from trainer.errors import run_app\n"
+        "class Thing: pass\n"
+        "app = typer.Typer()\n"
+        "@app.command()\n"
+        "def work() -> None:\n"
+        "    thing = Thing()\n"
+        "    kept = weakref.ref(thing, lambda reference: signal.raise_signal(signal.SIGINT))\n"
+        "    del thing\n"
+        "    time.sleep(30)\n"
+        "run_app(app, prog_name='swallowing')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "swallowing"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=25, check=False)
+    assert done.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in done.stderr
+
+
 def test_an_interrupt_within_exec_does_not_change_the_exit_code(tmp_path: Path) -> None:
     """CPython would end `python -m` by the signal; a shell sees 130 either way, a parent process -2."""
     (tmp_path / "interrupted.py").write_text(
