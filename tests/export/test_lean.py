@@ -74,6 +74,7 @@ def test_a_lean_bundle_of_a_costly_model(tmp_path: Path, monkeypatch: pytest.Mon
         assert name in said
 
 
+@pytest.mark.slow
 def test_a_large_model_is_computed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No other process holds a large model; the oracle is the same."""
     from export import oracle

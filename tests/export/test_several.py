@@ -114,6 +114,7 @@ def test_every_file_takes_and_gives_all_at_any_size(bundle: Bundle) -> None:
             np.testing.assert_allclose(output, wanted, atol=1e-2 if "float16" in path else 1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_every_output_is_judged_on_every_runtime(bundle: Bundle, folder: Path) -> None:
     command = [sys.executable, "-m", "bench", "parity", "--bundle", str(bundle.path), "--variant", "float32"]
     command += ["--variant", "float16"]
