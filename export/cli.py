@@ -171,8 +171,8 @@ def export(
         int | None,
         typer.Option(
             min=2,
-            help="Take so many of --data, drawn evenly, or so many random ones. Default: all, or as many as two "
-            "minutes allow for.",
+            help="Take so many of --data, drawn evenly, or so many random ones. Default: all, or as many as a "
+            "minute allows for.",
         ),
     ] = None,
     resize: Annotated[

@@ -21,9 +21,9 @@ def test_nothing_is_left_out_for_a_cheap_model() -> None:
 
 def test_a_large_model_is_held_to_what_fits() -> None:
     found = fitted(RESNET50, 1_000, IMAGE_BYTES, Asked())
-    assert found == Effort(inputs=200, checked=30, compared=7, batches=(10, 3), chunk=5, files="lean")
+    assert found == Effort(inputs=100, checked=20, compared=3, batches=(10, 3), chunk=5, files="lean")
     seconds = found.inputs * (RESNET50.seconds32 + RESNET50.seconds64)
-    assert seconds <= 120
+    assert seconds <= 60
     on_disk = found.inputs * IMAGE_BYTES + 3 * RESNET50.weight_bytes
     assert on_disk <= 4 * RESNET50.weight_bytes
 
@@ -75,6 +75,6 @@ def test_a_model_is_measured_and_left_as_it_was() -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("given", [2, 9, 10, 11, 199, 200, 300])
+@pytest.mark.parametrize("given", [2, 9, 10, 11, 99, 100, 200])
 def test_no_more_than_are_given(given: int) -> None:
-    assert fitted(RESNET50, given, IMAGE_BYTES, Asked()).inputs == min(given, 200)
+    assert fitted(RESNET50, given, IMAGE_BYTES, Asked()).inputs == min(given, 100)
